@@ -1,0 +1,292 @@
+"""The typed functions behind every command. They return data and raise EdgekdError; they print only through the given console."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import GoalMissed, UsageError
+from edgekd.listing import list_devices, list_methods, list_recipes, show_device, show_method, store_gc, store_rows, store_verify, store_why
+from edgekd.recipe import Loaded, load, resolved
+from edgekd.single import parse_args, single_recipe
+
+__all__ = [
+    "Options", "check", "compress", "examine", "exit_code", "import_checkpoint", "list_devices", "list_methods", "list_recipes", "parse_args", "plan", "predict", "profile",
+    "read_run", "render_again", "run_chain", "run_code", "run_single", "show", "show_device", "show_method", "store_gc", "store_rows", "store_verify", "store_why", "verdicts", "verify",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from edgekd.console import Console
+    from edgekd.context import Context
+    from edgekd.plan import Plan
+    from edgekd.store import Store
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `compress` behaves beside the recipe."""
+
+    overrides: Sequence[str] = ()
+    devices: Sequence[str] = ()
+    out: Path | None = None  # default: runs/<recipe>-<n>
+    code: Path | None = None  # a user's own architectures and methods
+    gate: bool = True
+    require_measured: bool = False
+    allow_download: bool = False
+    replay: Path | None = None  # a run folder or decisions.json
+    command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
+
+
+def compress(recipe: str, options: Options | None = None, *, console: Console | None = None, store: Store | None = None) -> dict[str, Any]:
+    """Runs a recipe's whole chain; returns the object of run.json. Raises EdgekdError; a missed goal is in the result, not raised."""
+    options = options or Options()
+    run_code(options.code)
+    return run_chain(load(recipe, options.overrides, devices=options.devices), options, console=console, store=store)
+
+
+def run_chain(loaded: Loaded, options: Options, *, console: Console | None = None, store: Store | None = None) -> dict[str, Any]:
+    """The one code path of `compress` and of the single-stage commands."""
+    from edgekd.console import Console as RealConsole
+    from edgekd.context import Context
+    from edgekd.plan import build_plan
+    from edgekd.run import decisions_of, execute
+    from edgekd.store import Store as RealStore
+    from edgekd.summary import summarise
+
+    started = time.perf_counter()
+    console = console or RealConsole(quiet=True)
+    store = store or RealStore(warn=console.warn)
+    plan = build_plan(loaded, gate=options.gate, cache_dir=store.root)
+    _check_reachable(plan, options, console)
+    ctx = Context(store, console, loaded.recipe.seed, replay=read_decisions(options.replay))
+    ctx.data_root, ctx.data_workers, ctx.allow_download = loaded.recipe.data.root, loaded.recipe.data.workers, options.allow_download
+    _check_space(plan, ctx)
+    with ctx.stop.installed() if _main_thread() else _nothing():
+        done = execute(plan, ctx)
+    folder = options.out or _next_folder(loaded.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy_bundles(plan, done, folder)
+    for line in done.artifacts["data"].meta.get("skipped", {}):
+        console.warn(f"left out of the data: {line}")
+    run = summarise(plan, done, folder, command=list(options.command), seconds=time.perf_counter() - started, warnings=console.warnings, environment=environment())
+    _write_run(folder, run, decisions_of(plan, done))
+    return run
+
+
+def run_single(kind: str | None, body: Mapping[str, Any], model: Path, *, data: Path, arch: str | None, args: Sequence[str], image_size: int,
+               accuracy_drop_max: float = 0.01, options: Options | None = None, console: Console | None = None) -> dict[str, Any]:  # fmt: skip
+    """One stage (`prune`, `quantize`, `train`, or None for export alone) on a user's own model; returns the object of run.json."""
+    options = options or Options()
+    run_code(options.code)
+    loaded = single_recipe(kind, body, model, data=data, arch=arch, args=args, image_size=image_size, accuracy_drop_max=accuracy_drop_max,
+                           overrides=options.overrides, devices=options.devices)  # fmt: skip
+    return run_chain(loaded, options, console=console)
+
+
+def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:
+    """Rows of step, stage, gives, state (cached, run, depends on gate, skipped)."""
+    from edgekd.plan import build_plan, state_of
+    from edgekd.store import Store
+
+    options = options or Options()
+    run_code(options.code)
+    loaded, store = load(recipe, options.overrides, devices=options.devices), Store()
+    built = build_plan(loaded, gate=options.gate, cache_dir=store.root)
+    rows = state_of(built, store.peek, read_decisions(options.replay), store.get)
+    return [{"step": s.name, "stage": s.stage, "method": s.settings.method, "gives": str(s.gives), "state": state, "listed": s.user} for s, state in rows]
+
+
+def check(recipe: str, overrides: Sequence[str] = (), *, devices: Sequence[str] = (), code: Path | None = None) -> Loaded:
+    """The validated recipe; raises RecipeError with every problem at once."""
+    run_code(code)
+    return load(recipe, overrides, devices=devices)
+
+
+def show(recipe: str, overrides: Sequence[str] = (), *, code: Path | None = None) -> list[dict[str, Any]]:
+    """Every value of a recipe with its source: rows of path, value, source."""
+    return resolved(check(recipe, overrides, code=code))
+
+
+def import_checkpoint(path: Path, arch: str, *, args: Mapping[str, Any] | None = None, num_classes: int | None = None, image_size: int | None = None,
+                      mean: Sequence[float] | None = None, std: Sequence[float] | None = None, out: Path | None = None, code: Path | None = None) -> dict[str, Any]:  # fmt: skip
+    """Reads a checkpoint in a limited child, fits it to the architecture and writes safetensors; runs no code of the file."""
+    run_code(code)
+    from edgekd.models.importing import import_weights
+
+    return import_weights(path, arch, dict(args or {}), num_classes=num_classes, image_size=image_size, mean=mean, std=std, out=out)
+
+
+def profile(model: Path, *, device: str = "host", backend: str = "auto", threads: int = 1, batch: int = 1, layers: bool = False, via: str | None = None, seconds: float = 5.0) -> dict[str, Any]:
+    """Measures an ONNX file or bundle: latency with intervals, memory, load time, size, and per-operator times."""
+    from edgekd.profile.report import profile_model
+
+    return profile_model(model, device=device, backend=backend, threads=threads, batch=batch, layers=layers, via=via, seconds=seconds)
+
+
+def predict(model: Path, device: str, *, threads: int = 1, batch: int = 1) -> dict[str, Any]:
+    """Roofline latency of an ONNX file on a device that is not here; always labelled predicted."""
+    from edgekd.profile.device import load_device
+    from edgekd.profile.predict import predict as predict_graph
+    from edgekd.profile.report import model_file_of
+
+    return predict_graph(model_file_of(model), load_device(device), threads=threads, batch=batch).as_dict()
+
+
+def verify(bundle: Path) -> dict[str, Any]:
+    """Checks a bundle: every file's hash, and its sample outputs on this machine's onnxruntime where that is installed."""
+    from edgekd.verify import verify_bundle
+
+    return verify_bundle(bundle)
+
+
+def examine() -> list[dict[str, Any]]:
+    """The doctor's checks: status, name, seen, wanted, hint."""
+    from dataclasses import asdict
+
+    from edgekd.doctor import examine as checks
+
+    return [asdict(c) for c in checks()]
+
+
+def render_again(run: Path) -> dict[str, Any]:
+    """Writes report.html of a run folder from its run.json; returns the run."""
+    from edgekd.report.html import render
+    from edgekd.safeio.files import write_atomic
+
+    body = read_run(run)
+    write_atomic(run / "report.html", render(body).encode())
+    return body
+
+
+def verdicts(run: Path) -> list[dict[str, Any]]:
+    """Rows of stage, verdict and reason for every stage that was judged."""
+    return [{"stage": s["name"], "verdict": s["verdict"], "reason": s["reason"]} for s in read_run(run)["stages"] if s.get("reason")]
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """run.json of a run folder."""
+    try:
+        body = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no run can be read: {error}", where=str(run), expected="a folder that `edgekd compress` made") from error
+    if not isinstance(body, dict) or not isinstance(body.get("stages"), list) or not isinstance(body.get("targets"), list):
+        raise UsageError("its run.json is no run", where=str(run), expected="a folder that `edgekd compress` made")
+    return body
+
+
+# ------------------------------------------------------------------------------------------------------------ user code
+def run_code(path: Path | None) -> None:
+    """Runs a user's own file, named on the command line: the only way in for code."""
+    if path is None:
+        return
+    import importlib.util
+
+    name = f"edgekd_code_{path.stem}"
+    if name in sys.modules:
+        return
+    if not path.is_file():
+        raise UsageError(f"there is no file '{path}'", where="--code", expected="a Python file with architectures or methods")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"'{path}' is not a Python file", where="--code")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"the file raises {type(error).__name__}: {error}", where=str(path), hint="run it alone: python FILE") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ the run folder
+def read_decisions(path: Path | None) -> dict[str, Any]:
+    """Decisions of an earlier run, by step name."""
+    if path is None:
+        return {}
+    file = path / "decisions.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no decisions can be read: {error}", where=str(file), expected="a run folder or its decisions.json") from error
+    if not isinstance(found, dict):
+        raise UsageError("this is no decisions.json", where=str(file), expected="an object of decisions by step")
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the report; nothing that names the user."""
+    import platform
+
+    from edgekd.plan import library_version
+    from edgekd.profile.host import identity
+
+    names = ("edgekd", "torch", "timm", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
+    return {"python": platform.python_version(), "machine": identity(), "libraries": {n: v for n in names if (v := library_version(n)) != "absent"}}
+
+
+def exit_code(run: Mapping[str, Any]) -> int:
+    """0, or 4 where budget, acceptance or parity was missed; the artifacts are kept either way."""
+    return 0 if run["accepted"] else GoalMissed.exit_code
+
+
+def _next_folder(name: str) -> Path:
+    base = name.replace("/", "-")
+    return next(p for n in range(1, 1_000_000) if not (p := Path("runs") / f"{base}-{n}").exists())
+
+
+def _copy_bundles(plan: Plan, done: Any, folder: Path) -> None:
+    import shutil
+
+    for target in plan.targets:
+        there = folder / target.name
+        if there.exists():
+            shutil.rmtree(there)
+        shutil.copytree(done.artifacts[f"{target.name}.bundle"].path / "bundle", there)
+
+
+def _write_run(folder: Path, run: dict[str, Any], decisions: dict[str, Any]) -> None:
+    from edgekd.report.html import render
+    from edgekd.safeio.files import write_atomic
+
+    write_atomic(folder / "decisions.json", json.dumps(decisions, sort_keys=True, indent=1).encode())
+    write_atomic(folder / "run.json", json.dumps(run, indent=1, ensure_ascii=False).encode())
+    write_atomic(folder / "report.html", render(run).encode())
+
+
+def _check_reachable(plan: Plan, options: Options, console: Console) -> None:
+    from edgekd.errors import DeviceError
+
+    away = [t.name for t in plan.targets if not t.runs_here]
+    if away and options.require_measured:
+        raise DeviceError(f"{', '.join(away)} is not this machine, and --require-measured asks for a measurement", expected="a reachable device",
+                          hint="leave --require-measured out to get a bundle with a predicted latency")  # fmt: skip
+    for name in away:
+        console.warn(f"{name} is not this machine: its latency will be predicted, not measured")
+
+
+def _check_space(plan: Plan, ctx: Context) -> None:
+    """Room for the data and a few models must be there before anything starts."""
+    from edgekd.errors import ResourceError
+    from edgekd.safeio.files import free_bytes
+
+    needed, free = 200 * 2**20, free_bytes(ctx.store.root)
+    if free < needed:
+        raise ResourceError(f"the disk of the store has {free} bytes free, a run needs about {needed}", where=str(ctx.store.root), hint="edgekd store gc --older-than 30")
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+

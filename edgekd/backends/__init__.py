@@ -1,0 +1,56 @@
+"""What a backend is: a runtime that turns an ONNX graph into an engine and runs it. One file per backend, listed by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgekd.profile.schema import DeviceProfile
+
+    Array = np.ndarray[Any, Any]
+    Feeds = dict[str, Array]
+
+
+class Session(Protocol):
+    """An opened engine."""
+
+    @property
+    def input_names(self) -> list[str]: ...
+
+    @property
+    def output_names(self) -> list[str]: ...
+
+    def run(self, feeds: Feeds) -> list[Array]:
+        """All outputs in order; raises BackendError for inputs that do not fit."""
+
+    def close(self) -> None:
+        """Frees the engine; a closed session cannot run."""
+
+
+class Backend(Protocol):
+    """A runtime. Its class is importable without the runtime; every failure is a BackendError."""
+
+    name: str
+    suffix: str  # of the engine's model file
+
+    def available(self) -> str | None:
+        """None if usable here, else the reason and what to install."""
+
+    def runs_on(self, device: DeviceProfile) -> bool:
+        """True if this machine can execute for that device."""
+
+    def version(self) -> str:
+        """Of the installed runtime, read without importing it; `none` where it is missing."""
+
+    def prepare(self) -> None:
+        """Imports the runtime, so that what follows can be timed without that."""
+
+    def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the engine into the folder `out`; returns meta with at least `{"model_file": name}`."""
+
+    def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> Session:
+        """An engine file ready to run, on the execution provider that the device asks for and no other."""

@@ -1,0 +1,171 @@
+"""onnxruntime: the engine is the ONNX file itself, so that what was judged here is what a device with onnxruntime gets.
+
+Sessions use `threads` intra-op threads, one inter-op thread and sequential execution; spinning is left at onnxruntime's default (on).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import BackendError
+from edgekd.profile.device import same_machine
+from edgekd.registry import register
+
+if TYPE_CHECKING:
+    from edgekd.backends import Array, Feeds
+    from edgekd.profile.schema import DeviceProfile
+
+_WHEELS = ("onnxruntime", "onnxruntime-gpu")
+_CPU = "CPUExecutionProvider"
+_PROFILE_WARMUP, _PROFILE_RUNS = 3, 20
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4  # log severities
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Mean time of one node per run, in microseconds, and its share of all nodes."""
+
+    name: str
+    op_type: str
+    total_us: float
+    share: float
+    calls: int
+
+
+class OrtSession:
+    """A session of onnxruntime."""
+
+    def __init__(self, session: Any, where: str):
+        self._session, self._where = session, where
+        self.input_names = [i.name for i in session.get_inputs()]
+        self.output_names = [o.name for o in session.get_outputs()]
+
+    def run(self, feeds: Feeds) -> list[Array]:
+        if self._session is None:
+            raise BackendError("the session is closed", where=self._where)
+        try:
+            return list(self._session.run(None, feeds))
+        except Exception as err:  # onnxruntime has no common base class for its errors
+            raise BackendError(f"onnxruntime cannot run this input: {_first_line(err)}", where=self._where) from err
+
+    def close(self) -> None:
+        self._session = None
+
+
+@register("backend")
+class OnnxRuntime:
+    """Runs ONNX files as they are, on the CPU or, where the device's profile asks for it, on CUDA."""
+
+    name = "onnxruntime"
+    suffix = ".onnx"
+
+    def available(self) -> str | None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            return "onnxruntime is not installed: pip install onnxruntime (onnxruntime-gpu on Linux x86-64)"
+        return None
+
+    def runs_on(self, device: DeviceProfile) -> bool:
+        return self.available() is None and same_machine(device)
+
+    def version(self) -> str:
+        for wheel in _WHEELS:
+            try:
+                return metadata.version(wheel)
+            except metadata.PackageNotFoundError:
+                continue
+        return "none"
+
+    def prepare(self) -> None:
+        _runtime()
+
+    def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Opens the graph once on this machine's CPU, whatever the device, and copies it. `options` must be empty."""
+        if options:
+            raise BackendError(f"onnxruntime has no option '{min(options)}'", where=graph.name, expected="no options")
+        _open(graph, threads=1, provider=_CPU).close()
+        shutil.copyfile(graph, out / "model.onnx")
+        return {"model_file": "model.onnx", "runtime": self.name, "version": self.version(), "provider": _provider(device)}
+
+    def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> OrtSession:
+        return _open(engine, threads=threads, provider=_provider(device))
+
+    def layers(self, engine: Path, feeds: Feeds, threads: int) -> list[Layer]:
+        """Time per operator on this machine's CPU as onnxruntime's own profiler sees it (fused nodes, slowest first)."""
+        with tempfile.TemporaryDirectory() as folder:  # the profiler can only write to a file
+            session = _session(engine, threads, _CPU, trace_prefix=str(Path(folder) / "trace"))
+            for _ in range(_PROFILE_WARMUP + _PROFILE_RUNS):
+                session.run(None, feeds)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return _aggregate(events)
+
+
+def _open(engine: Path, *, threads: int, provider: str) -> OrtSession:
+    session = _session(engine, threads, provider)
+    got = session.get_providers()
+    if not got or got[0] != provider:  # onnxruntime only warns when it falls back to another provider
+        raise BackendError(f"onnxruntime fell back to {', '.join(got)}", where=engine.name, expected=provider, hint="edgekd doctor")
+    return OrtSession(session, engine.name)
+
+
+def _session(engine: Path, threads: int, provider: str, trace_prefix: str | None = None) -> Any:
+    ort = _runtime()
+    if provider not in ort.get_available_providers():
+        have = ", ".join(ort.get_available_providers())
+        raise BackendError(f"this onnxruntime has no {provider}, only {have}", where=engine.name, expected=provider, hint="edgekd doctor")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _ERRORS_ONLY
+    if trace_prefix:
+        options.enable_profiling, options.profile_file_prefix = True, trace_prefix
+    try:
+        return ort.InferenceSession(str(engine), options, providers=[provider])
+    except Exception as err:  # onnxruntime has no common base class for its errors
+        raise BackendError(f"onnxruntime cannot open the graph: {_first_line(err)}", where=engine.name, hint="edgekd doctor") from err
+
+
+def _runtime() -> Any:
+    try:
+        ort = importlib.import_module("onnxruntime")  # 0.3 s: only when something runs
+    except ImportError as err:
+        raise BackendError(f"onnxruntime cannot be imported: {_first_line(err)}", hint="edgekd doctor") from err
+    ort.set_default_logger_severity(_FATAL_ONLY)  # a missing CUDA library is our BackendError, not coloured lines on stderr
+    return ort
+
+
+def _provider(device: DeviceProfile) -> str:
+    """The first execution provider of the device's profile."""
+    runtime = device.runtime("onnxruntime")
+    if runtime is None:
+        raise BackendError(f"device '{device.id}' has no onnxruntime", expected=f"one of {', '.join(r.name for r in device.runtimes)}")
+    return runtime.ep[0] if runtime.ep else _CPU
+
+
+def _aggregate(events: list[dict[str, Any]]) -> list[Layer]:
+    """Kernel times by node, without those of the warm-up runs."""
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            times[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(float(event["dur"]))
+    mean = {key: (sum(us[-_kept(us) :]) / _PROFILE_RUNS, _kept(us) // _PROFILE_RUNS) for key, us in times.items()}
+    whole = sum(us for us, _ in mean.values()) or 1.0
+    rows = [Layer(name, op, us, us / whole, calls) for (name, op), (us, calls) in mean.items()]
+    return sorted(rows, key=lambda layer: -layer.total_us)
+
+
+def _kept(us: list[float]) -> int:
+    return len(us) * _PROFILE_RUNS // (_PROFILE_WARMUP + _PROFILE_RUNS)
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0][:300]

@@ -1,0 +1,64 @@
+"""The deployable folder: pack and verify. Every byte is covered by the manifest, and the manifest by its own digest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgekd.artifact import digest_of
+from edgekd.errors import BundleRefused, FileMissing
+from edgekd.safeio.files import sha256_file, write_synced
+
+MANIFEST, FACTS, SAMPLES = "manifest.json", "bundle.json", "samples.npz"
+_MAX_MANIFEST_BYTES = 4 * 2**20
+_HINT = "do not deploy it; make it again: edgekd compress RECIPE"
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Adds manifest.json: size and SHA-256 of every file of the folder, with `facts` about where it comes from."""
+    files = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.rglob("*")) if p.is_file()}
+    body = {"schema": "edgekd.bundle/1", "files": files, **facts}
+    write_synced(folder / MANIFEST, _encoded(body))
+
+
+def verify_files(folder: Path) -> dict[str, Any]:
+    """The manifest of an intact bundle; raises BundleRefused that names what was changed, added or is missing."""
+    body = read_manifest(folder)
+    here: dict[str, Path] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise BundleRefused(f"'{name}' is a link or no regular file", where=str(folder), expected="plain files", hint=_HINT)
+        if path.is_file():
+            here[name] = path
+    wanted: dict[str, Any] = body["files"]
+    for what, names in (("missing", set(wanted) - set(here)), ("not in the manifest", set(here) - set(wanted) - {MANIFEST})):
+        if names:
+            raise BundleRefused(f"{what}: {', '.join(sorted(names)[:5])}", where=str(folder), expected="exactly the files of the manifest", hint=_HINT)
+    for name, entry in wanted.items():
+        if here[name].stat().st_size != entry["size"] or sha256_file(here[name]) != entry["sha256"]:
+            raise BundleRefused(f"'{name}' was changed", where=str(folder), expected=f"SHA-256 {entry['sha256'][:16]}...", hint=_HINT)
+    return body
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json, whole and in its own exact bytes; raises FileMissing or BundleRefused."""
+    path = folder / MANIFEST
+    if not folder.is_dir() or not path.is_file():
+        raise FileMissing("this is no bundle: it has no manifest.json", where=str(folder), expected="a folder that `edgekd compress` made")
+    raw = path.read_bytes()[: _MAX_MANIFEST_BYTES + 1]
+    try:
+        body: dict[str, Any] = json.loads(raw)
+        digest = body.pop("digest")
+        intact = len(raw) <= _MAX_MANIFEST_BYTES and digest == digest_of(body) and raw == _encoded(body)
+        names = [str(n) for n in body["files"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact, names = False, []
+    if not intact or any(n.startswith("/") or ".." in n.split("/") for n in names):
+        raise BundleRefused("'manifest.json' was changed", where=str(folder), hint=_HINT)
+    return body
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    return json.dumps(body | {"digest": digest_of(body)}, sort_keys=True, indent=1, ensure_ascii=True).encode() + b"\n"

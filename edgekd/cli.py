@@ -1,0 +1,417 @@
+"""The command line: parse, one call, render. Loads neither torch nor timm until a command needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgekd.console import Console
+from edgekd.errors import INTERNAL, OK, EdgekdError, ResourceError, UsageError
+
+app = typer.Typer(name="edgekd", no_args_is_help=True, add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="From a trained model to a small, fast, verified engine for a named device.")  # fmt: skip
+recipes_app = typer.Typer(no_args_is_help=True, help="Shipped recipes.")
+devices_app = typer.Typer(no_args_is_help=True, help="Device profiles.")
+methods_app = typer.Typer(no_args_is_help=True, help="Distillers, criteria, quantizers, formats, backends and tasks.")
+store_app = typer.Typer(no_args_is_help=True, help="The store of artifacts.")
+for name, sub in (("recipes", recipes_app), ("devices", devices_app), ("methods", methods_app), ("store", store_app)):
+    app.add_typer(sub, name=name)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Set = Annotated[list[str] | None, typer.Option("-o", metavar="NAME.FIELD=VALUE", help="Change a value of the recipe; may be repeated.")]
+Device = Annotated[list[str] | None, typer.Option("--device", help="Target device instead of the recipe's; may be repeated.")]
+Code = Annotated[Path | None, typer.Option("--code", help="Your own Python file with architectures or methods; it is run.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+Threads = Annotated[int, typer.Option(min=1, max=256, help="Threads of the runtime.")]
+Batch = Annotated[int, typer.Option(min=1, max=1024, help="Images per inference.")]
+
+
+def main() -> None:
+    """Entry point: turns every outcome into the documented exit code."""
+    arguments, debug = [a for a in sys.argv[1:] if a != "--debug"], "--debug" in sys.argv
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing looks for a hub on its own
+    sys.exit(_guarded(lambda: app(arguments, prog_name="edgekd", standalone_mode=False), Console(json_mode="--json" in arguments), debug))
+
+
+def _guarded(call: Callable[[], Any], console: Console, debug: bool) -> int:
+    import click
+
+    try:
+        code = call()
+        return code if isinstance(code, int) else OK
+    except EdgekdError as error:
+        if debug:
+            raise
+        console.error(error)
+        return error.exit_code
+    except click.exceptions.Exit as done:
+        return int(done.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return 130
+    except click.ClickException as error:
+        console.error(UsageError(error.format_message(), hint="edgekd --help"))
+        return UsageError.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        return OK
+    except Exception as error:
+        if debug:
+            raise
+        return _unexpected(error, console)
+
+
+def _unexpected(error: Exception, console: Console) -> int:
+    import errno
+
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS, errno.EIO)
+    if full or isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        hint = "free disk space: edgekd store gc" if full else "a smaller batch: -o STAGE.batch_size=32"
+        refusal: EdgekdError = ResourceError(str(error), hint=hint)
+    else:
+        refusal = EdgekdError(f"{type(error).__name__}: {error}", hint="this is a fault of edgekd: run again with --debug and report it")
+    console.error(refusal)
+    return refusal.exit_code if full or isinstance(refusal, ResourceError) else INTERNAL
+
+
+# ------------------------------------------------------------------------------------------------------------ the main job
+@app.command()
+def compress(
+    recipe: RecipeName,
+    o: Set = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe>-<n>.")] = None,
+    code: Code = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Keep every step, whatever it measures.")] = False,
+    require_measured: Annotated[bool, typer.Option("--require-measured", help="Exit 5 if a device cannot be measured.")] = False,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Let published weights be downloaded.")] = False,
+    replay: Annotated[Path | None, typer.Option(help="Run folder whose decisions are taken over.")] = None,
+    json: Json = False,
+) -> int:
+    """Run a recipe: distil, prune, quantize, export, measure and bundle."""
+    from edgekd.api import Options, exit_code
+    from edgekd.api import compress as run
+
+    console = Console(json_mode=json)
+    options = Options(o or (), device or (), out, code, not no_gate, require_measured, allow_download, replay)
+    return _finish(run(recipe, options, console=console), console, exit_code)
+
+
+def _finish(result: dict[str, Any], console: Console, code: Callable[[dict[str, Any]], int]) -> int:
+    from edgekd.report.summary import summary
+
+    if console.json_mode:
+        console.json(result)
+    else:
+        console.show(summary(result))
+        console.say(f"bundle: {result['targets'][0]['bundle']}   report: {result['report']}")
+    return code(result)
+
+
+@app.command()
+def plan(recipe: RecipeName, o: Set = None, device: Device = None, code: Code = None, no_gate: Annotated[bool, typer.Option("--no-gate")] = False, json: Json = False) -> None:
+    """Show the steps of a recipe and which of them are cached."""
+    from edgekd.api import Options
+    from edgekd.api import plan as steps
+
+    rows = steps(recipe, Options(o or (), device or (), code=code, gate=not no_gate))
+    _table(rows, ("step", "stage", "method", "gives", "state"), json)
+
+
+@app.command()
+def check(recipe: RecipeName, o: Set = None, device: Device = None, code: Code = None, json: Json = False) -> None:
+    """Validate a recipe; every problem at once."""
+    from edgekd.api import check as validate
+
+    loaded = validate(recipe, o or (), devices=device or (), code=code)
+    found = {"recipe": loaded.name, "stages": [s.name for _, s in loaded.stages], "targets": list(loaded.recipe.targets), "ok": True}
+    console = Console(json_mode=json)
+    console.json(found) if json else console.data(f"{loaded.name}: ok; stages {', '.join(found['stages']) or 'none'}; targets {', '.join(found['targets'])}")
+
+
+@app.command()
+def show(recipe: RecipeName, o: Set = None, code: Code = None, json: Json = False) -> None:
+    """Print every value of a recipe and where it came from."""
+    from edgekd.api import show as values
+
+    _table(values(recipe, o or (), code=code), ("path", "value", "source"), json)
+
+
+# ------------------------------------------------------------------------------------------------------------ single stages
+Arch = Annotated[str | None, typer.Option(help="timm architecture, or one registered by --code.")]
+Data = Annotated[Path, typer.Option(help="Folder of images by class, or a manifest file.")]
+Args = Annotated[list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the architecture; may be repeated.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<n>.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Weights (safetensors or checkpoint) with --arch, or an ONNX file.")]
+Size = Annotated[int, typer.Option(help="Height and width in pixels.")]
+
+
+def _single(kind: str | None, body: dict[str, Any], model: Path, *, data: Path, arch: str | None, arg: list[str] | None, image_size: int, o: list[str] | None,
+            device: list[str] | None, out: Path | None, code: Path | None, json: bool, drop: float = 0.01, gate: bool = True) -> int:  # fmt: skip
+    """A one-stage recipe around a user's own model: the same code path as `compress`."""
+    from edgekd.api import Options, exit_code, run_single
+
+    console = Console(json_mode=json)
+    result = run_single(kind, body, model, data=data, arch=arch, args=arg or (), image_size=image_size, accuracy_drop_max=drop,
+                        options=Options(o or (), device or (), out, code, gate), console=console)  # fmt: skip
+    return _finish(result, console, exit_code)
+
+
+Drop = Annotated[float, typer.Option(help="Largest drop of accuracy on val, as a fraction.")]
+NoGate = Annotated[bool, typer.Option("--no-gate", help="Keep the step, whatever it measures.")]
+
+
+@app.command()
+def prune(model: Model, data: Data, arch: Arch = None, arg: Args = None, image_size: Size = 224, criterion: str = "l1",
+          speedup: Annotated[float | None, typer.Option(help="Measured speed-up to reach.")] = None, macs: Annotated[float | None, typer.Option(help="Fraction of operations kept.")] = None,
+          params: Annotated[float | None, typer.Option(help="Fraction of parameters kept.")] = None, recover: Annotated[int, typer.Option(help="Epochs of training after the cut; 0 for none.")] = 1,
+          drop: Drop = 0.01, o: Set = None, device: Device = None, out: Out = None, code: Code = None, no_gate: NoGate = False, json: Json = False) -> int:  # fmt: skip
+    """Prune your own trained model; no teacher and no recipe needed."""
+    goals = {k: v for k, v in (("speedup", speedup), ("macs", macs), ("params", params)) if v is not None} or {"speedup": 1.5}
+    stages = {"criterion": criterion, "target": goals, "recover": recover}
+    return _single("prune", stages, model, data=data, arch=arch, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json, drop=drop, gate=not no_gate)
+
+
+@app.command()
+def quantize(model: Model, data: Data, arch: Arch = None, arg: Args = None, image_size: Size = 224, method: str = "ptq", drop: Drop = 0.01, o: Set = None, device: Device = None,
+             out: Out = None, code: Code = None, no_gate: NoGate = False, json: Json = False) -> int:  # fmt: skip
+    """Quantize your own trained model or ONNX file."""
+    return _single("quantize", {"method": method}, model, data=data, arch=arch, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json, drop=drop, gate=not no_gate)
+
+
+@app.command()
+def export(model: Model, data: Data, arch: Arch = None, arg: Args = None, image_size: Size = 224, o: Set = None, device: Device = None, out: Out = None, code: Code = None, json: Json = False) -> int:
+    """Export your own trained model to ONNX, check it against torch, measure it and bundle it."""
+    return _single(None, {}, model, data=data, arch=arch, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json)
+
+
+@app.command()
+def train(model: Annotated[str, typer.Argument(metavar="ARCH|MODEL", help="An architecture to train from scratch, or weights with --arch.")], data: Data, arch: Arch = None, arg: Args = None,
+          image_size: Size = 224, epochs: int = 10, o: Set = None, device: Device = None, out: Out = None, code: Code = None, json: Json = False) -> int:  # fmt: skip
+    """Train a model on a folder of images, export and bundle it."""
+    weights = Path(model) if Path(model).is_file() else None
+    return _single("train", {"epochs": epochs}, weights or Path(), data=data, arch=arch or model, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json)
+
+
+@app.command("import")
+def import_(checkpoint: Annotated[Path, typer.Argument(help="A .pt, .pth, .th or .safetensors file.")], arch: Annotated[str, typer.Option(help="Architecture that the weights are for.")],
+            arg: Args = None, num_classes: Annotated[int | None, typer.Option(help="Outputs; default: read from the last layer.")] = None, image_size: Annotated[int | None, typer.Option()] = None,
+            mean: Annotated[str | None, typer.Option(help="Channel means, R,G,B.")] = None, std: Annotated[str | None, typer.Option(help="Channel deviations, R,G,B.")] = None,
+            out: Annotated[Path | None, typer.Option(help="File to write; default: beside the checkpoint, .safetensors.")] = None, code: Code = None, json: Json = False) -> None:  # fmt: skip
+    """Turn a checkpoint into safetensors: tensors only, no code of the file is run."""
+    from edgekd.api import import_checkpoint, parse_args
+
+    found = import_checkpoint(checkpoint, arch, args=parse_args(arg or ()), num_classes=num_classes, image_size=image_size, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), out=out, code=code)
+    console = Console(json_mode=json)
+    console.json(found) if json else console.data(f"{found['out']}: {found['tensors']} tensors, {found['parameters']:,} parameters of {arch}")
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+@app.command()
+def profile(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")], device: Annotated[str, typer.Option()] = "host", backend: Annotated[str, typer.Option()] = "auto",
+            threads: Threads = 1, batch: Batch = 1, layers: Annotated[bool, typer.Option("--layers", help="Time per operator.")] = False,
+            via: Annotated[str | None, typer.Option(help="Transport to the device.")] = None, seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Time to measure.")] = 5.0, json: Json = False) -> None:  # fmt: skip
+    """Measure latency, memory, load time and size of an ONNX file or a bundle."""
+    from edgekd.api import profile as measure
+
+    found = measure(model, device=device, backend=backend, threads=threads, batch=batch, layers=layers, via=via, seconds=seconds)
+    console = Console(json_mode=json)
+    if json:
+        console.json(found)
+        return
+    lat = found["latency_ms"]
+    console.data(f"{model.name} on {device} ({found['backend']}, {threads} thread{'s' if threads > 1 else ''}, batch {batch})")
+    console.data(f"p50 {lat['p50']:.3f} ms (95 % {lat['ci95'][0]:.3f} to {lat['ci95'][1]:.3f})   p95 {lat['p95']:.3f}   p99 {lat['p99']:.3f}   n {lat['n']}   series {lat['series']}")
+    console.data(f"file {found['size_bytes']:,} bytes   load {found['load_ms']:.0f} ms   peak memory {found['peak_mib']:.1f} MiB above an idle process")
+    if layers:
+        _table([{"operator": r["op_type"], "name": r["name"], "us": f"{r['total_us']:.1f}", "share": f"{r['share']:.1%}"} for r in found["operators"]], ("operator", "name", "us", "share"), False)
+
+
+@app.command()
+def predict(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")], device: Annotated[str, typer.Option()], threads: Threads = 1, batch: Batch = 1, json: Json = False) -> None:
+    """Predict the latency on a device that is not here, from its profile. Never a measurement."""
+    from edgekd.api import predict as roofline
+
+    found = roofline(model, device, threads=threads, batch=batch)
+    console = Console(json_mode=json)
+    if json:
+        console.json(found)
+        return
+    console.data(f"predicted, not measured: {found['p50_ms']:.3f} ms on {device} (between {found['low_ms']:.3f} and {found['high_ms']:.3f})")
+    console.data(f"basis: {found['basis']}")
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")], json: Json = False) -> None:
+    """Check a bundle: every byte against its manifest, and its sample outputs on this machine."""
+    from edgekd.api import verify as check_bundle
+
+    found = check_bundle(bundle)
+    console = Console(json_mode=json)
+    console.json(found) if json else console.data(f"{bundle}: {found['files']} files as in the manifest; {found['samples']}")
+
+
+# ------------------------------------------------------------------------------------------------------------ lists
+@recipes_app.command("list")
+def recipes_list(json: Json = False) -> None:
+    """Names of the shipped recipes."""
+    from edgekd.api import list_recipes
+
+    _table(list_recipes(), ("name", "about"), json)
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a shipped recipe's file."""
+    from edgekd.recipe import find
+
+    Console().data(find(name).read_text(encoding="utf-8").rstrip())
+
+
+@devices_app.command("list")
+def devices_list(json: Json = False) -> None:
+    """Devices that edgekd has a profile of."""
+    from edgekd.api import list_devices
+
+    _table(list_devices(), ("id", "name", "kind", "runtimes", "confidence"), json)
+
+
+@devices_app.command("show")
+def devices_show(device: str, json: Json = False) -> None:
+    """Every number of a device profile, with where it comes from."""
+    from edgekd.api import show_device
+
+    found = show_device(device)
+    Console().json(found["profile"]) if json else _table(found["rows"], ("field", "value", "origin", "source"), False)
+
+
+@methods_app.command("list")
+def methods_list(kind: Annotated[str | None, typer.Argument(help="distill, criterion, quantize, format, backend, task or architectures")] = None, json: Json = False) -> None:
+    """Methods by kind, with one line each."""
+    from edgekd.api import list_methods
+
+    _table(list_methods(kind), ("kind", "name", "about"), json)
+
+
+@methods_app.command("show")
+def methods_show(name: str, json: Json = False) -> None:
+    """When to use a method, what it costs, its knobs and its source."""
+    from edgekd.api import show_method
+
+    found = show_method(name)
+    if json:
+        Console().json(found)
+        return
+    Console().data(found["about"])
+    _table(found["fields"], ("field", "type", "default", "description"), False)
+
+
+@app.command()
+def doctor(json: Json = False) -> int:
+    """Versions, floors, runtimes, GPU, disk and threads of this machine."""
+    from edgekd.api import examine
+
+    rows = examine()
+    _table(rows, ("status", "name", "seen", "wanted", "hint"), json)
+    return 5 if any(r["status"] == "fail" for r in rows) else 0
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """Write report.html of a run folder again, and print its summary."""
+    from edgekd.api import render_again
+    from edgekd.report.summary import summary
+
+    console = Console()
+    console.show(summary(render_again(run)))
+
+
+@app.command()
+def explain(run: Annotated[Path, typer.Argument(metavar="RUN")], json: Json = False) -> None:
+    """Every verdict of a run with its reason and the measurements behind it."""
+    from edgekd.api import verdicts
+
+    _table(verdicts(run), ("stage", "verdict", "reason"), json)
+
+
+# ------------------------------------------------------------------------------------------------------------ store
+@store_app.command("list")
+def store_list(json: Json = False) -> None:
+    """Artifacts with their kind, step, size and age."""
+    from edgekd.api import store_rows
+
+    _table(store_rows(), ("key", "kind", "step", "bytes", "used"), json)
+
+
+@store_app.command("why")
+def store_why(key: str, other: Annotated[str | None, typer.Argument(help="A second key: what differs between them.")] = None, json: Json = False) -> None:
+    """What went into a key; or which ingredients differ between two."""
+    from edgekd.api import store_why as why
+
+    _table(why(key, other), ("ingredient", "value") if other is None else ("ingredient", "first", "second"), json)
+
+
+@store_app.command("verify")
+def store_verify(json: Json = False) -> int:
+    """Read every byte of every artifact; what is damaged goes to quarantine (exit 3) and is rebuilt when next needed."""
+    from edgekd.api import store_verify as problems
+
+    found = problems()
+    console = Console(json_mode=json)
+    console.json(found) if json else console.data("\n".join(found["problems"]) or f"{found['entries']} artifacts, all whole")
+    return 3 if found["problems"] else 0
+
+
+@store_app.command("gc")
+def store_gc(older_than: Annotated[float | None, typer.Option(help="Days since last use.")] = None, max_gb: Annotated[float | None, typer.Option(help="Size to shrink to, in 10^9 bytes.")] = None,
+             dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False, json: Json = False) -> None:  # fmt: skip
+    """Remove scratch of dead processes, and artifacts by age or size."""
+    from edgekd.api import store_gc as collect
+
+    found = collect(older_than, max_gb, dry_run)
+    console = Console(json_mode=json)
+    console.json(found) if json else console.data(f"{'would remove' if dry_run else 'removed'} {len(found['removed'])}, {found['freed_bytes']:,} bytes; {found['kept']} artifacts stay{'; another run uses the store, so its artifacts were left' if found['busy'] else ''}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...], json: bool) -> None:
+    """Rows as JSON or as a table whose cells are text, never markup."""
+    console = Console(json_mode=json)
+    if json:
+        console.json(rows)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    from edgekd.report.text import clean
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(clean(_cell(row.get(c)))) for c in columns))
+    console.show(table)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != 3:
+        raise UsageError(f"'{text}' is not three numbers", where=option, expected="R,G,B, such as 0.485,0.456,0.406")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The only place that prints: data to stdout, talk to stderr, progress bars with ETA, everything escaped."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console as RichConsole
+from rich.text import Text
+
+from edgekd.report.text import clean
+
+
+class Bar(Protocol):
+    """One task of unknown speed: `update` moves it and shows named figures."""
+
+    def update(self, done: float, **figures: str) -> None: ...
+
+
+class _NoBar:
+    def update(self, done: float, **figures: str) -> None:
+        """Shows nothing."""
+
+
+class Console:
+    """Talks to a person on stderr and to programs on stdout."""
+
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False):
+        self.json_mode, self.quiet = json_mode, quiet
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=False)
+        self._out = RichConsole(highlight=False, soft_wrap=False)
+        self.warnings: list[str] = []
+
+    # ------------------------------------------------------------------------------------------------ talk
+    def say(self, text: str, style: str = "") -> None:
+        """One line of talk."""
+        if not self.quiet:
+            self._err.print(Text(clean(text), style=style), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A warning: shown once, kept for the report."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self._err.print(Text(f"warning: {clean(text)}", style="yellow"), soft_wrap=True)
+
+    def error(self, error: Any) -> None:
+        """An EdgekdError: what, where, expected on one line each problem, then the hint."""
+        if self.json_mode:
+            self.json({"error": error.as_dict()})
+        for line in str(error).splitlines():
+            self._err.print(Text(f"error: {clean(line)}", style="bold red"), soft_wrap=True)
+        if error.hint:
+            self._err.print(Text(f"hint: {clean(error.hint)}"), soft_wrap=True)
+
+    # ------------------------------------------------------------------------------------------------ data
+    def json(self, value: object) -> None:
+        """One JSON document on stdout."""
+        sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def data(self, text: str) -> None:
+        """Plain text on stdout."""
+        self._out.print(Text(text if "\x1b" not in text else clean(text)), soft_wrap=True)
+
+    def show(self, renderable: Any) -> None:
+        """A rich table or panel on stdout; its cells are Text, never markup."""
+        self._out.print(renderable)
+
+    # ------------------------------------------------------------------------------------------------ progress
+    @contextmanager
+    def bar(self, name: str, total: float) -> Iterator[Bar]:
+        """A progress bar with ETA on a terminal; a line every ten seconds elsewhere."""
+        if self.quiet:
+            yield _NoBar()
+        elif self._err.is_terminal:
+            with _rich_bar(self._err, name, total) as bar:
+                yield bar
+        else:
+            yield _LineBar(self, name, total)
+
+
+class _LineBar:
+    """Progress for logs: one line every ten seconds."""
+
+    def __init__(self, console: Console, name: str, total: float):
+        self.console, self.name, self.total = console, name, total
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: float, **figures: str) -> None:
+        now = time.monotonic()
+        if now - self.last < 10 or not done:
+            return
+        self.last = now
+        eta = (now - self.start) * (self.total - done) / done
+        shown = " ".join(f"{k} {v}" for k, v in figures.items())
+        self.console.say(f"  {self.name}: {100 * done / self.total:.0f} % {shown} ETA {eta:.0f} s")
+
+
+@contextmanager
+def _rich_bar(console: RichConsole, name: str, total: float) -> Iterator[Bar]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("  {task.fields[label]}", markup=False),
+        BarColumn(20),
+        TextColumn("{task.percentage:>3.0f} %", markup=False),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+        task = progress.add_task("", total=total, label=clean(name), figures="")
+
+        class _Rich:
+            def update(self, done: float, **figures: str) -> None:
+                progress.update(task, completed=done, figures=clean(" ".join(f"{k} {v}" for k, v in figures.items())))
+
+        yield _Rich()

@@ -1,0 +1,19 @@
+"""Pixels as a deployed model takes them: numpy only, the same steps as predict.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def normalised(pixels: NDArray[np.uint8], facts: Mapping[str, Any]) -> NDArray[np.float32]:
+    """(batch, h, w, 3) uint8 -> (batch, 3, h, w) float32: pixel / 255, minus mean, over std."""
+    import numpy as np
+
+    mean, std = np.asarray(facts["mean"], np.float32), np.asarray(facts["std"], np.float32)
+    x = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))

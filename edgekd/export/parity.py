@@ -1,0 +1,38 @@
+"""The parity ladder's arithmetic: how far two forms of one model are apart, and how far each rung allows.
+
+Thresholds and why: torch and ONNX compute the same fp32 operations in another order, so they differ by rounding only (1e-3 of the largest output is
+already generous). An int8 graph rounds every activation, and runtimes fuse it differently: single outputs may be off by a good part of a logit
+while decisions agree, so it is judged by direction (cosine) and by how often it decides alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgekd.tasks._task import Floats, Ints, Task
+
+LIMITS: dict[str, dict[str, float]] = {
+    "fp32": {"max_relative": 1e-3, "agreement": 0.995},
+    "int8": {"cosine": 0.95, "agreement": 0.90},
+}
+
+
+def compare(rung: str, limits: str, reference: Floats, found: Floats, labels: Ints, task: Task) -> dict[str, Any]:
+    """One rung: max and mean error, cosine, agreement, difference of the metric, and whether all of it is inside the limits."""
+    import numpy as np
+
+    a, b = reference.astype(np.float64).reshape(len(reference), -1), found.astype(np.float64).reshape(len(found), -1)
+    error, scale = np.abs(a - b), max(float(np.abs(a).max()), 1e-12)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    row = {
+        "max_abs": float(error.max()),
+        "mean_abs": float(error.mean()),
+        "max_relative": float(error.max()) / scale,
+        "cosine": float(np.mean((a * b).sum(1) / np.maximum(norms, 1e-12))),
+        "agreement": task.agreement(reference, found),
+        "metric_delta": float(task.scores(found, labels).mean() - task.scores(reference, labels).mean()),
+    }
+    bad = [name for name, limit in LIMITS[limits].items() if (row[name] > limit if name == "max_relative" else row[name] < limit)]
+    words = ", ".join(f"{name} {'<=' if name == 'max_relative' else '>='} {limit:g}" for name, limit in LIMITS[limits].items())
+    return {"rung": rung, **row, "threshold": words, "ok": not bad, "failed": bad}

@@ -1,0 +1,121 @@
+"""The rule that keeps, rolls back or calls neutral: pure functions of measurements, so that every verdict can be tested and replayed.
+
+Kept: lower latency (the interval of the interleaved ratio lies below 1) or a smaller file, whichever the budget names, neither made worse beyond
+tolerance, and the drop's interval inside what is left of the accuracy that may be lost. Neutral where nothing is certain. Always with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+TOLERANCE = 0.02  # relative; smaller changes of latency or size are no change
+_Z = 1.959964  # two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of a segment. Sizes in bytes, accuracies and drops as fractions."""
+
+    before_bytes: int
+    after_bytes: int
+    ratio: float | None  # latency after / before; None: not judged
+    ratio_ci: tuple[float, float] | None
+    drop: float  # metric before - after
+    drop_ci: tuple[float, float]
+    allowed: float  # what is left of accuracy_drop_max
+    wants: frozenset[str] = field(default_factory=frozenset)  # {"latency", "size"} as the budget names them; empty: either
+    untimed: str = ""  # why latency was not judged
+    causes: tuple[str, ...] = ()  # why it did not get faster
+    same: bool = False  # nothing changed
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """kept | rolled back | neutral, with the reason in words."""
+
+    verdict: str
+    reason: str
+
+    @property
+    def chosen(self) -> str:
+        return "after" if self.verdict == "kept" else "before"
+
+
+def judge(e: Evidence) -> Verdict:
+    """The verdict on a segment."""
+    if e.same:
+        return Verdict("neutral", "the step changed nothing")
+    said = f"{_latency_words(e)}, {_size_words(e)}, {_accuracy_words(e)}"
+    if e.drop_ci[1] > e.allowed:
+        certain = e.drop_ci[0] > e.allowed
+        why = f"it loses more than the {max(e.allowed, 0) * 100:.2f} points that are left" if certain else f"its loss may exceed the {max(e.allowed, 0) * 100:.2f} points that are left"
+        return Verdict("rolled back" if certain or e.drop > e.allowed else "neutral", f"{why}: {said}")
+    faster, slower = _change(e.ratio_ci)
+    size = e.after_bytes / e.before_bytes
+    smaller, larger = size < 1 - TOLERANCE, size > 1 + TOLERANCE
+    gains = [name for name, yes in (("latency", faster), ("size", smaller)) if yes and (not e.wants or name in e.wants)]
+    losses = [name for name, yes in (("latency", slower), ("size", larger)) if yes]
+    if losses and not _needed(gains, losses, e.wants):
+        hint = f" ({'; '.join(e.causes)})" if e.causes and "latency" in losses else ""
+        return Verdict("rolled back", f"it made {' and '.join(losses)} worse: {said}{hint}")
+    if gains:
+        hint = f" (not faster: {'; '.join(e.causes)})" if e.causes and "latency" not in gains and e.ratio is not None else ""
+        return Verdict("kept", f"{said}{hint}")
+    hint = f" ({'; '.join(e.causes)})" if e.causes else ""
+    return Verdict("neutral", f"no certain gain in {' or '.join(sorted(e.wants)) or 'latency or size'}: {said}{hint}")
+
+
+def _needed(gains: list[str], losses: list[str], wants: frozenset[str]) -> bool:
+    """A loss is accepted only where the budget names what was gained and not what was lost."""
+    return bool(gains) and bool(wants) and not (set(losses) & wants)
+
+
+def _change(ci: tuple[float, float] | None) -> tuple[bool, bool]:
+    return (False, False) if ci is None else (ci[1] < 1, ci[0] > 1 + TOLERANCE)
+
+
+def paired_drop(before: list[float], after: list[float]) -> tuple[float, tuple[float, float]]:
+    """Mean of before - after over the same samples, with its 95 % interval.
+
+    For scores of 0 and 1: the adjusted Wald interval of a paired difference (Agresti and Min 2005), honest for few samples; for other scores the
+    normal interval of the mean difference.
+    """
+    n, diffs = len(before), [b - a for b, a in zip(before, after, strict=True)]
+    drop = sum(diffs) / n
+    if all(v in (0.0, 1.0) for v in (*before, *after)):
+        lost, won = sum(d > 0 for d in diffs) + 0.5, sum(d < 0 for d in diffs) + 0.5
+        m = n + 2
+        middle, spread = (lost - won) / m, math.sqrt(max((lost + won) - (lost - won) ** 2 / m, 0)) / m
+    else:
+        middle, spread = drop, math.sqrt(sum((d - drop) ** 2 for d in diffs) / max(n - 1, 1) / n)
+    return drop, (middle - _Z * spread, middle + _Z * spread)
+
+
+def wants_of(budget: dict[str, Any]) -> frozenset[str]:
+    """What a budget names: latency, size, both or nothing."""
+    names = set()
+    if budget.get("p50_ms") is not None or budget.get("p95_ms") is not None:
+        names.add("latency")
+    if budget.get("size_mb") is not None:
+        names.add("size")
+    return frozenset(names)
+
+
+def _latency_words(e: Evidence) -> str:
+    if e.ratio is None or e.ratio_ci is None:
+        return f"latency not judged ({e.untimed})"
+    if e.ratio_ci[1] < 1:
+        return f"{1 / e.ratio:.2f}x faster"
+    return f"{e.ratio:.2f}x the latency" if e.ratio_ci[0] > 1 + TOLERANCE else f"latency unchanged ({e.ratio:.2f}x, 95 % {e.ratio_ci[0]:.2f} to {e.ratio_ci[1]:.2f})"
+
+
+def _size_words(e: Evidence) -> str:
+    size = e.before_bytes / e.after_bytes
+    return f"{size:.2f}x smaller" if size > 1 + TOLERANCE else f"{1 / size:.2f}x the size" if size < 1 - TOLERANCE else "size unchanged"
+
+
+def _accuracy_words(e: Evidence) -> str:
+    low, high = (v * 100 for v in e.drop_ci)
+    return f"accuracy {-e.drop * 100:+.2f} points on val (95 % {-high:+.2f} to {-low:+.2f})"

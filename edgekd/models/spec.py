@@ -1,0 +1,40 @@
+"""ModelSpec: what a model is without its weights. Architecture name, arguments and structural diff; never code, never a pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from edgekd.config import Config
+
+Scalar = str | int | float | bool | None
+Argument = Scalar | list[Scalar]
+Triple = tuple[float, float, float]
+
+
+class ModelConfig(Config):
+    """A model as a recipe names it."""
+
+    arch: str | None = Field(None, description="timm architecture, or one registered by --code")
+    args: dict[str, Argument] = Field(default_factory=dict, description="arguments of the architecture")
+    weights: Path | None = Field(None, description="safetensors file or checkpoint with the weights to start from")
+    pretrained: bool = Field(False, description="start from timm's published weights (needs --allow-download)")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="hash that the weights file must have")
+    mean: Triple | None = Field(None, description="channel means of the normalisation; default: the architecture's own")
+    std: Triple | None = Field(None, description="channel deviations of the normalisation; default: the architecture's own")
+    onnx: Path | None = Field(None, description="an existing ONNX file instead of an architecture (graph stages only)")
+
+
+class ModelSpec(Config):
+    """Everything needed to rebuild the module that a weights file fits."""
+
+    arch: str = Field(description="timm architecture name")
+    args: dict[str, Argument] = Field(default_factory=dict)
+    num_classes: int = Field(ge=1)
+    image_size: int = Field(ge=1, description="height and width of the input in pixels")
+    mean: Triple
+    std: Triple
+    structure: dict[str, Any] = Field(default_factory=dict, description="structural diff against the base architecture")
+    timm: str = Field(description="timm version that the diff was made with")

@@ -1,0 +1,150 @@
+"""Features by stage of any vision model: where to tap it, and what shape comes out.
+
+timm's `feature_info` names the modules (CNN stages, transformer blocks); models without it are tapped where the stride changes, found by
+hooks during one traced forward pass. Widths are read from that pass, so pruned models are right too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STAGES = 4
+# Block boundaries of a uniform network: those of a 2-2-6-2 hierarchy, which gives blocks 1, 3, 9 and 11 of twelve (OFA's taps).
+_BOUNDARIES = (1 / 6, 1 / 3, 5 / 6, 1.0)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place where features are read."""
+
+    module: str
+    layout: str  # NCHW, NHWC (Swin) or NLC (tokens)
+    channels: int
+    grid: tuple[int, int]  # height and width in positions
+    prefix: int = 0  # class and register tokens before the patch tokens
+
+
+class TappedModel:
+    """Runs a model once and returns logits and the features at its taps."""
+
+    def __init__(self, model: nn.Module, taps: tuple[Tap, ...]):
+        self.model, self.taps, self._seen = model, taps, {}  # type: ignore[var-annotated]
+        modules = dict(model.named_modules())
+        self._handles = [modules[t.module].register_forward_hook(self._keep(t.module)) for t in taps]
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self._seen.clear()
+        logits = self.model(images)
+        return logits, tuple(self._seen[t.module] for t in self.taps)
+
+    def close(self) -> None:
+        """Removes the hooks; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            self._seen[name] = output
+
+        return hook
+
+
+def stage_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
+    """Up to four taps, shallow to deep."""
+    shapes = _trace(model, image_size)
+    info = _feature_modules(model)
+    named = [name for name in info if name in shapes]
+    if len(named) < 2:  # a model without timm's interface
+        return tuple(_tap(model, name, shapes[name]) for name in _by_stride(shapes)[-STAGES:])
+    taps = [_tap(model, name, shapes[name]) for name in named]
+    if len({t.grid for t in taps}) == 1:  # uniform: ViT, Mixer
+        return tuple(taps[i] for i in _uniform(len(taps)))
+    deepest = {t.grid: t for t in taps}  # a hierarchy: the last tap at each resolution
+    last = list(deepest.values())
+    return tuple((last if len(last) >= STAGES else taps)[-STAGES:])
+
+
+def family(taps: tuple[Tap, ...], model: nn.Module) -> str:
+    """cnn, swin (hierarchical tokens), vit (uniform tokens with attention) or mlp (uniform tokens without)."""
+    if taps[-1].layout == "NCHW":
+        return "cnn"
+    if taps[-1].layout == "NHWC":
+        return "swin"
+    return "vit" if any("attention" in type(m).__name__.lower() for m in model.modules()) else "mlp"
+
+
+def _uniform(depth: int) -> list[int]:
+    picks = sorted({max(round(depth * b) - 1, 0) for b in _BOUNDARIES})
+    return picks if len(picks) == min(STAGES, depth) else list(range(depth))[-STAGES:]
+
+
+def _feature_modules(model: nn.Module) -> list[str]:
+    info = getattr(model, "feature_info", None)
+    if info is None:
+        return []
+    rows = info if isinstance(info, list) else info.get_dicts()
+    return [str(row["module"]) for row in rows if isinstance(row, dict) and "module" in row]
+
+
+def _trace(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
+    """Output shapes of all modules that give one 3- or 4-dimensional tensor, in execution order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    with _hooks(model, shapes), torch.no_grad(), _evaluating(model):
+        model(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
+    return shapes
+
+
+@contextmanager
+def _hooks(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iterator[None]:
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.ndim in (3, 4):
+                shapes.pop(name, None)  # keeps the order of the last call
+                shapes[name] = tuple(output.shape)
+
+        return hook
+
+    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if n]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def _tap(model: nn.Module, name: str, shape: tuple[int, ...]) -> Tap:
+    if len(shape) == 3:
+        prefix = int(getattr(model, "num_prefix_tokens", 0))
+        side = int((shape[1] - prefix) ** 0.5)
+        return Tap(name, "NLC", shape[2], (side, (shape[1] - prefix) // max(side, 1)), prefix)
+    if getattr(model, "output_fmt", None) == "NHWC":
+        return Tap(name, "NHWC", shape[3], (shape[1], shape[2]))
+    return Tap(name, "NCHW", shape[1], (shape[2], shape[3]))
+
+
+def _by_stride(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The last module at each resolution, where the resolution changes."""
+    last: dict[tuple[int, ...], str] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 4 and min(shape[2:]) > 1 or len(shape) == 3:
+            last[shape[2:] if len(shape) == 4 else shape[1:2]] = name
+    if len(last) > 1:
+        return list(last.values())
+    blocks = [n for n, s in shapes.items() if n.rpartition(".")[2].isdigit() and s == shapes[next(iter(last.values()))]] if last else []
+    return [blocks[i] for i in _uniform(len(blocks))] if blocks else list(last.values())

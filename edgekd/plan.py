@@ -1,0 +1,492 @@
+"""Recipe + devices -> ordered steps. Kinds, wiring and keys are settled here, without torch.
+
+A user lists model stages; export, compile, evaluate, gate, profile and bundle are inserted. A gate closes a segment: a compressing stage and the
+recovery stages that follow it. What follows a gate refers to a `Choice`, resolved when the gate's decision is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edgekd import registry
+from edgekd.artifact import Artifact, Kind, Manifest, digest_of
+from edgekd.backends import Backend
+from edgekd.config import Config, key_fields
+from edgekd.data.index import scan
+from edgekd.errors import BackendError, DeviceError
+from edgekd.profile.device import load_device
+from edgekd.profile.host import identity
+from edgekd.profile.schema import DeviceProfile
+from edgekd.recipe import Loaded, TargetConfig
+from edgekd.stages._stage import Settings
+from edgekd.train.config import TrainConfig
+
+STORE_VERSION = 1
+HOST = "host"
+_LEARNS = ("train", "distill")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whatever a decision chose: `before` or `after`."""
+
+    decision: str
+    before: Ref
+    after: Ref
+
+
+Ref = str | Choice
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage with its settings and where its inputs come from."""
+
+    name: str
+    stage: str
+    settings: Settings
+    inputs: Mapping[str, Ref]
+    unless: tuple[str, Ref] | None = None  # (decision, ref): where the decision chose `before`, the step is skipped and `ref` stands for it
+    user: bool = False  # listed in the recipe, or what a person waits for
+
+    @property
+    def gives(self) -> Kind:
+        kind: Kind = registry.load("stage", self.stage).gives
+        return kind
+
+    def ingredients(self, inputs: Mapping[str, str], seed: int, replayed: Any = None) -> dict[str, Any]:
+        """Everything that can change the result; its SHA-256 is the key. `inputs` maps names to content digests."""
+        stage, s = registry.load("stage", self.stage), self.settings
+        method = None
+        if s.method is not None and s.method_config is not None:
+            config = key_fields(s.method_config)
+            method = {"name": s.method, "config": config, "source": _sha(registry.source_of(stage.method_kind, s.method))}
+        return {
+            "store": STORE_VERSION,
+            "stage": {"name": self.stage, "version": stage.version, "source": _sha(registry.source_of("stage", self.stage))},
+            "config": key_fields(s.config),
+            "method": method,
+            "facts": s.facts,
+            "inputs": dict(inputs),
+            "libraries": {name: library_version(name) for name in stage.libraries},
+            "seed": seed,
+            "replayed": replayed,
+        }
+
+    def key(self, inputs: Mapping[str, str], seed: int, replayed: Any = None) -> str:
+        """The full SHA-256 over the ingredients."""
+        return digest_of(self.ingredients(inputs, seed, replayed))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target with what was found for it: profile, backend, and whether this machine can run it."""
+
+    name: str
+    config: TargetConfig
+    device: DeviceProfile
+    backend: str
+    runs_here: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A gated part of the chain: its steps' names, the gate, and what stands before and after."""
+
+    gate: str
+    stages: tuple[str, ...]
+    before: Ref  # graph
+    after: Ref
+
+
+@dataclass
+class Plan:
+    """Steps in order, and which of them the run's summary speaks of."""
+
+    loaded: Loaded
+    steps: list[Step] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+    judge: Target | None = None  # where gates measure
+    graphs: dict[str, str] = field(default_factory=dict)  # stage name -> its export step
+    engines: dict[str, str] = field(default_factory=dict)  # stage name -> its engine on the judge
+    metrics: dict[str, str] = field(default_factory=dict)  # stage name -> its val metrics
+    segments: list[Segment] = field(default_factory=list)
+    shipped: dict[str, Ref] = field(default_factory=dict)  # target -> chosen graph
+    baselines: list[str] = field(default_factory=list)
+
+    def add(self, step: Step) -> str:
+        self.steps.append(step)
+        return step.name
+
+    def step(self, name: str) -> Step:
+        return next(s for s in self.steps if s.name == name)
+
+
+@cache
+def library_version(name: str) -> str:
+    """The installed version of a distribution, or `absent`."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def build_plan(loaded: Loaded, *, gate: bool = True, cache_dir: Path | None = None) -> Plan:
+    """All steps of a recipe, in order; raises DataRefused, DeviceError or BackendError for what can be known before running."""
+    return _Planner(loaded, gate, cache_dir).build()
+
+
+def state_of(plan: Plan, peek: Callable[[str], Manifest | None], replay: Mapping[str, Any], read: Callable[[str], Artifact | None]) -> Iterator[tuple[Step, str]]:
+    """(step, cached | run | depends on gate | skipped): `read` is asked for decisions only."""
+    digests: dict[str, str | None] = {}
+    decisions: dict[str, Any] = {}
+    for step in plan.steps:
+        if step.unless and decisions.get(step.unless[0], {}).get("chosen") == "before":
+            digests[step.name] = _digest(step.unless[1], digests, decisions)
+            yield step, "skipped"
+            continue
+        found = {name: _digest(ref, digests, decisions) for name, ref in step.inputs.items()}
+        if any(d is None for d in found.values()):
+            digests[step.name] = None
+            waiting = any(isinstance(ref, Choice) and ref.decision not in decisions for ref in step.inputs.values())
+            yield step, "depends on gate" if waiting else "run"
+            continue
+        key = step.key({n: d for n, d in found.items() if d}, plan.loaded.recipe.seed, replay.get(step.name))
+        manifest = peek(key)
+        digests[step.name] = manifest.digest if manifest else None
+        if manifest and step.gives is Kind.DECISION and (artifact := read(key)):
+            decisions[step.name] = artifact.json("decision.json")
+        yield step, "cached" if manifest else "run"
+
+
+def _digest(ref: Ref, digests: Mapping[str, str | None], decisions: Mapping[str, Any]) -> str | None:
+    if isinstance(ref, str):
+        return digests.get(ref)
+    if ref.decision not in decisions:
+        return None
+    return _digest(ref.after if decisions[ref.decision]["chosen"] == "after" else ref.before, digests, decisions)
+
+
+def _sha(source: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(source).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ wiring
+class _Planner:
+    """Builds the plan of one recipe."""
+
+    def __init__(self, loaded: Loaded, gate: bool, cache_dir: Path | None):
+        self.loaded, self.recipe, self.gate, self.cache_dir = loaded, loaded.recipe, gate, cache_dir
+        self.plan = Plan(loaded)
+
+    def build(self) -> Plan:
+        self.plan.targets = [_target(name, config) for name, config in self.recipe.targets.items()]
+        self.plan.judge = _judge(self.plan.targets[0])
+        self._add("data", "data", self.recipe.data, {}, facts={"index": self._fingerprint()}, user=True)
+        start = self._start()
+        current, graph = self._model_stages(start) if self.recipe.model.onnx is None else (None, start)
+        for target in self.plan.targets:
+            self._target(target, graph)
+        self._baselines(current)
+        self._ship()
+        return self.plan
+
+    # ------------------------------------------------------------------------------------------------ helpers
+    def _add(self, name: str, stage: str, config: Config | None, inputs: Mapping[str, Ref], *, settings: Settings | None = None,
+             facts: dict[str, Any] | None = None, unless: tuple[str, Ref] | None = None, user: bool = False) -> str:  # fmt: skip
+        base = settings or Settings(name, config or registry.load("stage", stage).Config())
+        full = Settings(base.name, base.config, base.method, base.method_config, {**base.facts, **(facts or {})})
+        return self.plan.add(Step(name, stage, full, inputs, unless, user))
+
+    def _config(self, stage: str, **values: Any) -> Config:
+        config: Config = registry.load("stage", stage).Config(**values)
+        return config
+
+    def _fingerprint(self) -> str:
+        return scan(self.recipe.data, cache_dir=self.cache_dir).fingerprint
+
+    @property
+    def judge(self) -> Target:
+        if self.plan.judge is None:
+            raise DeviceError("no target was planned")
+        return self.plan.judge
+
+    # ------------------------------------------------------------------------------------------------ models
+    def _start(self) -> Ref:
+        recipe = self.recipe
+        if recipe.model.onnx is not None:
+            name = self._add("model", "read_graph", recipe.model, {"data": "data"}, facts=_file_facts(recipe.model.onnx), user=True)
+            self.plan.graphs["model"] = name
+            self._measured("model", name)
+            return name
+        student = self._add("student", "init", recipe.model, {"data": "data"}, facts=_model_facts(recipe.model))
+        inputs: dict[str, Ref] = {"student": student, "data": "data"}
+        if recipe.teacher is not None:
+            name = "teacher.init" if recipe.teacher.train is not None else "teacher"
+            inputs["teacher?"] = self._add(name, "init", _as_model(recipe.teacher), {"data": "data"}, facts=_model_facts(recipe.teacher))
+        probes = [{"stage": k, "name": s.name, "method": s.method, "config": s.method_config.model_dump(mode="json") if s.method_config else {}} for k, s in self.loaded.stages]
+        places = [{"device": t.name, "backend": t.backend, "threads": t.config.threads} for t in self.plan.targets if t.runs_here]
+        self._add("preflight", "preflight", self._config("preflight", probes=probes, places=places), inputs, facts=_here(), user=True)
+        if recipe.teacher is not None:
+            self._teacher()
+        return student
+
+    def _teacher(self) -> None:
+        teacher = self.recipe.teacher
+        if teacher is not None and teacher.train is not None:
+            self._learn("teacher", "train", Settings("teacher", teacher.train), "teacher.init")
+        self._measured("teacher", self._export("teacher", "teacher"))
+
+    def _learn(self, name: str, stage: str, settings: Settings, model: Ref, *, unless: tuple[str, Ref] | None = None, user: bool = True) -> str:
+        inputs: dict[str, Ref] = {"model": model, "data": "data"}
+        if stage == "distill":
+            inputs["teacher"] = "teacher"
+        config = settings.config
+        if isinstance(config, TrainConfig) and "auto" in (config.autocast, config.channels_last):
+            tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
+            tune_inputs = {("teacher?" if n == "teacher" else n): r for n, r in inputs.items()}
+            inputs["speed?"] = self._add(f"{name}.speed", "tune", tuned, tune_inputs, facts=_here(), unless=unless)
+        return self._add(name, stage, None, inputs, settings=settings, facts={"task": self.recipe.task}, unless=unless, user=user)
+
+    def _export(self, name: str, model: Ref, unless: tuple[str, Ref] | None = None) -> str:
+        graph = self._add(f"{name}.export", "export", None, {"model": model, "data": "data"}, unless=unless)
+        self.plan.graphs[name] = graph
+        return graph
+
+    def _measured(self, name: str, graph: Ref, unless: tuple[str, Ref] | None = None) -> None:
+        """Engine and val metrics of a graph on the judge."""
+        engine_unless = (unless[0], self._before_of(unless[1], self.plan.engines)) if unless else None
+        metrics_unless = (unless[0], self._before_of(unless[1], self.plan.metrics)) if unless else None
+        self.plan.engines[name] = self._compile(f"{name}.engine", graph, self.judge, engine_unless)
+        inputs: dict[str, Ref] = {"engine": self.plan.engines[name], "data": "data"}
+        if name != "teacher" and "teacher" in self.plan.metrics:
+            inputs["teacher?"] = self.plan.metrics["teacher"]
+        self.plan.metrics[name] = self._add(f"{name}.val", "evaluate", self._config("evaluate", split="val"), inputs, facts={"task": self.recipe.task} | _here(), unless=metrics_unless)
+
+    def _before_of(self, ref: Ref, table: Mapping[str, str]) -> Ref:
+        """The engine or metrics that belong to a graph reference."""
+        if isinstance(ref, Choice):
+            return Choice(ref.decision, self._before_of(ref.before, table), self._before_of(ref.after, table))
+        owner = next(n for n, g in self.plan.graphs.items() if g == ref)
+        return table[owner]
+
+    def _compile(self, name: str, graph: Ref, target: Target, unless: tuple[str, Ref] | None = None) -> str:
+        config = self._config("compile", device=target.name, backend=target.backend, threads=target.config.threads, batch=target.config.batch)
+        return self._add(name, "compile", config, {"graph": graph}, facts={"runtime": _backend(target.backend).version()}, unless=unless)
+
+    # ------------------------------------------------------------------------------------------------ the chain
+    def _model_stages(self, start: Ref) -> tuple[Ref, Ref]:
+        """The listed model stages with their gates; returns the chosen model and graph."""
+        model, graph = start, ""
+        stages = [s for s in self.loaded.stages if s[0] != "quantize"]
+        position = 0
+        if not stages or _compresses(stages[0][0]):
+            graph = self._export("student", start)
+            self._measured("student", graph)
+        while position < len(stages) and not _compresses(stages[position][0]):
+            kind, settings = stages[position]
+            model = self._learn(settings.name, kind, settings, model)
+            graph = self._export(settings.name, model)
+            self._measured(settings.name, graph)
+            position += 1
+        current_model, current_graph = model, graph
+        while position < len(stages):
+            end = position + 1
+            while end < len(stages) and not _compresses(stages[end][0]):
+                end += 1
+            current_model, current_graph = self._segment(stages[position:end], current_model, current_graph)
+            position = end
+        return current_model, current_graph
+
+    def _segment(self, stages: list[tuple[str, Settings]], model: Ref, graph: Ref) -> tuple[Ref, Ref]:
+        (_, settings), name = stages[0], stages[0][1].name
+        judge = self.judge
+        widths_config = self._config("widths", device=judge.name, backend=judge.backend, threads=judge.config.threads, batch=judge.config.batch, gate=self.gate)
+        widths = self._add(f"{name}.widths", "widths", widths_config, {"model": model, "data": "data"}, settings=Settings(f"{name}.widths", settings.config, settings.method, settings.method_config,
+                           {"task": self.recipe.task, "judge": widths_config.model_dump(mode="json")} | _here()))  # fmt: skip
+        skip_model, skip_graph = (widths, model), (widths, graph)
+        after: Ref = self._add(name, "prune", None, {"model": model, "data": "data", "widths": widths}, settings=settings, facts={"task": self.recipe.task}, unless=skip_model, user=True)
+        after_graph: Ref = self._export(name, after, unless=skip_graph)
+        self._measured(name, after_graph, unless=skip_graph)
+        for kind, recover in stages[1:]:
+            after = self._learn(recover.name, kind, recover, after, unless=skip_model)
+            after_graph = self._export(recover.name, after, unless=skip_graph)
+            self._measured(recover.name, after_graph, unless=skip_graph)
+        gate = self._gate(name, graph, after_graph, note=widths)
+        self.plan.segments.append(Segment(gate, tuple(s.name for _, s in stages), graph, after_graph))
+        return Choice(gate, model, after), Choice(gate, graph, after_graph)
+
+    def _gate(self, name: str, before: Ref, after: Ref, *, note: str | None = None, target: Target | None = None) -> str:
+        judge, budget = self.judge, (target or self.plan.targets[0]).config.budget
+        timed = self.plan.targets[0].runs_here and (target is None or target.runs_here)
+        config = self._config("gate", device=judge.name, backend=judge.backend, threads=judge.config.threads, batch=judge.config.batch, enabled=self.gate, timed=timed,
+                              accuracy_drop_max=self.recipe.accept.accuracy_drop_max, budget=budget.model_dump(mode="json"))  # fmt: skip
+        reference = self.plan.metrics.get("teacher") or next(iter(self.plan.metrics.values()))
+        inputs: dict[str, Ref] = {
+            "before": self._before_of(before, self.plan.engines),
+            "after": self._before_of(after, self.plan.engines),
+            "before_metrics": self._before_of(before, self.plan.metrics),
+            "after_metrics": self._before_of(after, self.plan.metrics),
+            "reference_metrics": reference,
+        }
+        if note is not None:
+            inputs["note?"] = note
+        return self._add(f"{name}.gate", "gate", config, inputs, facts={"task": self.recipe.task} | _here(), user=True)
+
+    # ------------------------------------------------------------------------------------------------ targets
+    def _target(self, target: Target, graph: Ref) -> None:
+        """Graph-level stages of one target, in the flavour that its device asks for."""
+        current = graph
+        for kind, settings in self.loaded.stages:
+            if kind != "quantize" or target.config.precision == "fp32":
+                continue
+            first = target is self.plan.targets[0]
+            name = settings.name if first else f"{settings.name}@{target.name}"
+            step = self._add(name, "quantize", None, {"graph": current, "data": "data"}, settings=settings, facts={"flavour": target.device.flavour}, user=True)
+            self.plan.graphs[name] = step
+            self._measured(name, step)
+            gate = self._gate(name, current, step, target=target)
+            self.plan.segments.append(Segment(gate, (name,), current, step))
+            current = Choice(gate, current, step)
+        self.plan.shipped[target.name] = current
+
+    def _baselines(self, model: Ref | None) -> None:
+        """The student trained alone for as many epochs as the chain's first learning stage, exported and measured."""
+        if "student" not in self.recipe.baselines or model is None:
+            return
+        learns = [(k, s) for k, s in self.loaded.stages if k in _LEARNS]
+        if not learns:
+            return
+        config = learns[0][1].config
+        plain = TrainConfig(**{n: getattr(config, n) for n in TrainConfig.model_fields})
+        alone = self._learn("student alone", "train", Settings("student alone", plain), "student")
+        self._measured("student alone", self._export("student alone", alone))
+        self.plan.baselines.append("student alone")
+
+    def _ship(self) -> None:
+        """Engines, one interleaved profile, test metrics, parity and a bundle for each target."""
+        judge = self.judge
+        for target in self.plan.targets:
+            graph = self.plan.shipped[target.name]
+            runner = target if target.runs_here else judge
+            engine = self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else judge)
+            run_engine = engine if runner is target else self._compile(f"{target.name}.check", graph, judge)
+            test_inputs: dict[str, Ref] = {"engine": run_engine, "data": "data"}
+            teacher_test = self._teacher_test()
+            if teacher_test:
+                test_inputs["teacher?"] = teacher_test
+            test = self._add(f"{target.name}.test", "evaluate", self._config("evaluate", split="test"), test_inputs, facts={"task": self.recipe.task} | _here())
+            profile_inputs: dict[str, Ref] = {"shipped": run_engine}
+            if target is self.plan.targets[0]:
+                profile_inputs |= {f"*{name}": engine_ for name, engine_ in self.plan.engines.items()}
+            config = self._config("profile", device=runner.name, backend=runner.backend, threads=runner.config.threads, batch=runner.config.batch)
+            self._add(f"{target.name}.profile", "profile", config, profile_inputs, facts=_here(), user=True)
+            parity = self._parity(target, graph)
+            bundle_config = self._config("bundle", target=target.name, backend=target.backend, device=target.name, measured=target.runs_here,
+                                         recipe=self.loaded.name, threads=target.config.threads, budget=target.config.budget, provenance=self._provenance())
+            inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "test": test, "parity": parity}
+            self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts={"task": self.recipe.task}, user=True)
+
+    def _provenance(self) -> dict[str, Any]:
+        """What the bundle says of its origin: architectures, weights and library versions."""
+        recipe, found = self.recipe, {"student": self.recipe.model.arch or "an ONNX file"}
+        if recipe.teacher is not None:
+            found["teacher"] = str(recipe.teacher.arch)
+        return found | {name: library_version(name) for name in ("edgekd", "torch", "timm", "onnx")}
+
+    def _parity(self, target: Target, graph: Ref) -> str:
+        fp32 = self._fp32_of(graph)
+        inputs: dict[str, Ref] = {"graph": graph, "fp32": fp32, "data": "data"}
+        model = self._model_of(fp32)
+        if model is not None:
+            inputs["model?"] = model
+        return self._add(f"{target.name}.parity", "parity", None, inputs, facts={"task": self.recipe.task} | _here())
+
+    def _fp32_of(self, ref: Ref) -> Ref:
+        """The same choice without graph-level stages."""
+        quantized = {n for k, s in self.loaded.stages if k == "quantize" for n in (s.name, *(f"{s.name}@{t.name}" for t in self.plan.targets))}
+        while isinstance(ref, Choice) and ref.decision.removesuffix(".gate") in quantized:
+            ref = ref.before
+        return ref
+
+    def _model_of(self, ref: Ref) -> Ref | None:
+        if isinstance(ref, Choice):
+            before, after = self._model_of(ref.before), self._model_of(ref.after)
+            return Choice(ref.decision, before, after) if before and after else None
+        return self.plan.step(ref).inputs.get("model")
+
+    def _teacher_test(self) -> str | None:
+        if "teacher" not in self.plan.engines:
+            return None
+        if not any(s.name == "teacher.test" for s in self.plan.steps):
+            inputs: dict[str, Ref] = {"engine": self.plan.engines["teacher"], "data": "data"}
+            self._add("teacher.test", "evaluate", self._config("evaluate", split="test"), inputs, facts={"task": self.recipe.task} | _here())
+        return "teacher.test"
+
+
+def _compresses(kind: str) -> bool:
+    found: bool = registry.load("stage", kind).compresses
+    return found
+
+
+def _as_model(teacher: Any) -> Any:
+    from edgekd.models.spec import ModelConfig
+
+    return ModelConfig(**{n: getattr(teacher, n) for n in ModelConfig.model_fields})
+
+
+def _model_facts(model: Any) -> dict[str, Any]:
+    return _file_facts(model.weights) if model.weights is not None else {}
+
+
+def _file_facts(path: Path | None) -> dict[str, Any]:
+    from edgekd.errors import FileMissing
+    from edgekd.safeio.files import sha256_file
+
+    if path is None or not path.is_file():
+        raise FileMissing(f"there is no file '{path}'", expected="a file with weights, or an ONNX model", hint="import a checkpoint: edgekd import CHECKPOINT --arch NAME")
+    return {"file": sha256_file(path)}
+
+
+@cache
+def _here_cached() -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(identity().items()))
+
+
+def _here() -> dict[str, Any]:
+    """The identity of this machine, for results that come from timing or running on it."""
+    return {"machine": dict(_here_cached())}
+
+
+def _backend(name: str) -> Backend:
+    backend: Backend = registry.load("backend", name)()
+    return backend
+
+
+def _target(name: str, config: TargetConfig) -> Target:
+    device = load_device(name)
+    backend = config.backend
+    if backend == "auto":
+        offered = [r.name for r in device.runtimes]
+        backend = next((n for n in offered if n in registry.names("backend")), "")
+        if not backend:
+            raise BackendError(f"edgekd has no backend for '{name}': the device runs {', '.join(offered) or 'nothing known'}", where=name, hint=f"predict still works: edgekd predict MODEL.onnx --device {name}")
+    return Target(name, config, device, backend, _backend(backend).runs_on(device))
+
+
+def _judge(first: Target) -> Target:
+    """The gate's target, or the host's onnxruntime where that cannot run here."""
+    if first.runs_here:
+        return first
+    return Target(HOST, TargetConfig(threads=first.config.threads, batch=first.config.batch), load_device(HOST), "onnxruntime", True)
+
+
+def _can_compile(target: Target) -> bool:
+    return _backend(target.backend).available() is None

@@ -1,0 +1,88 @@
+"""What `edgekd profile` tells of one file: latency, memory, load time, size and operators, from a measurement made now."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd import registry
+from edgekd.errors import BackendError, DeviceError, FileMissing, OnnxRefused
+
+if TYPE_CHECKING:
+    from edgekd.backends import Feeds
+    from edgekd.profile.schema import DeviceProfile
+
+_TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
+_DYNAMIC_SIDE = 224
+
+
+def profile_model(model: Path, *, device: str, backend: str, threads: int, batch: int, layers: bool, via: str | None, seconds: float) -> dict[str, Any]:
+    """Measures on this machine; raises DeviceError where the device is another one, OnnxRefused for a file that is refused."""
+    from edgekd.profile.device import load_device
+    from edgekd.profile.footprint import load_facts
+    from edgekd.profile.measure import PROTOCOL, measure
+    from edgekd.safeio.onnxfile import check_onnx
+
+    profile, file = load_device(device), model_file_of(model)
+    runtime = registry.load("backend", _backend_of(profile, backend))()
+    _reachable(profile, runtime, via)
+    feeds = inputs_of(check_onnx(file), batch, file)
+    session = runtime.open(file, threads=threads, device=profile)
+    samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
+    session.close()
+    found = {"model": str(model), "device": device, "backend": runtime.name, "version": runtime.version(), "threads": threads, "batch": batch, "measured": True, "protocol": PROTOCOL}
+    facts = load_facts(file, runtime.name, device=profile, feeds=feeds, threads=threads)
+    found |= {"latency_ms": samples.summary(), "size_bytes": facts["file_bytes"], "load_ms": facts["load_ms"], "peak_mib": facts["peak_mib"]}
+    if layers:
+        found["operators"] = [asdict(layer) for layer in runtime.layers(file, feeds, threads)]
+    return found
+
+
+def model_file_of(model: Path) -> Path:
+    """The ONNX file of a path: itself, or the model of a bundle whose every byte was verified."""
+    from edgekd.bundle import FACTS, verify_files
+
+    if model.is_dir():
+        verify_files(model)
+        return model / str(json.loads((model / FACTS).read_text(encoding="utf-8"))["model_file"])
+    if not model.is_file():
+        raise FileMissing("there is no such model", where=str(model), expected="an ONNX file or a bundle")
+    return model
+
+
+def inputs_of(proto: Any, batch: int, file: Path) -> Feeds:
+    """Random inputs of the declared shapes; dynamic first axes become `batch`, dynamic sides 224."""
+    import numpy as np
+
+    rng, feeds = np.random.default_rng(0), {}
+    held = {t.name for t in proto.graph.initializer}
+    for value in proto.graph.input:
+        if value.name in held:
+            continue
+        kind = _TYPES.get(value.type.tensor_type.elem_type)
+        if kind is None:
+            raise OnnxRefused(f"input '{value.name}' has a type that is not measured", where=file.name, expected=", ".join(_TYPES.values()))
+        shape = [d.dim_value or (batch if i == 0 else 3 if i == 1 else _DYNAMIC_SIDE) for i, d in enumerate(value.type.tensor_type.shape.dim)]
+        feeds[value.name] = rng.standard_normal(shape).astype(kind) if "float" in kind else rng.integers(0, 100, shape).astype(kind)
+    return feeds
+
+
+def _backend_of(profile: DeviceProfile, name: str) -> str:
+    if name != "auto":
+        registry.load("backend", name)
+        return name
+    found = next((r.name for r in profile.runtimes if r.name in registry.names("backend")), None)
+    if found is None:
+        raise BackendError(f"edgekd has no backend for '{profile.id}'", where=profile.id, hint=f"edgekd predict MODEL --device {profile.id}")
+    return found
+
+
+def _reachable(profile: DeviceProfile, runtime: Any, via: str | None) -> None:
+    if via is not None and via not in registry.names("transport"):
+        raise DeviceError(f"there is no transport '{via}' to a host yet", where="--via", expected=", ".join(registry.names("transport")))
+    if (reason := runtime.available()) is not None:
+        raise BackendError(reason, where=runtime.name)
+    if not runtime.runs_on(profile):
+        raise DeviceError(f"{profile.id} is not this machine, so nothing was measured", where="--device", hint=f"edgekd predict MODEL --device {profile.id}, or measure there")

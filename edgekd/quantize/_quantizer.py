@@ -1,0 +1,25 @@
+"""What a quantizer is: graph -> graph (calibrated), or model -> model (trained), never both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from edgekd.config import Config
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class GraphQuantizer(Protocol):
+    """One file of this folder, registered with `@register("quantize")`, that works on an exported graph."""
+
+    Config: ClassVar[type[Config]]
+    level: ClassVar[str]  # "graph"
+
+    def __init__(self, config: Any) -> None: ...
+
+    def quantize(self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str) -> dict[str, Any]:
+        """Writes the quantized graph to `out`; `samples` are normalised inputs (batch, 3, h, w). Returns what was done."""

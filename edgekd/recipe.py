@@ -1,0 +1,496 @@
+"""Recipe: a YAML file becomes validated settings, every value with its source, every problem reported at once.
+
+Precedence, lowest first: defaults, the `extends` chain, `set`, `-o NAME.FIELD=VALUE` from left to right. A recipe is data: it can never name code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from edgekd import registry
+from edgekd.budget import Budget
+from edgekd.config import Config
+from edgekd.data.config import DataConfig
+from edgekd.errors import EdgekdError, FileMissing, InputRefused, RecipeError, UnknownName, UsageError, suggest
+from edgekd.models.names import check_architecture
+from edgekd.models.spec import ModelConfig
+from edgekd.profile.device import load_device
+from edgekd.safeio import yaml
+from edgekd.safeio.files import contained
+from edgekd.shipped import shipped_dir
+from edgekd.stages._stage import Settings
+from edgekd.train.config import TrainConfig
+
+Path_ = tuple[str | int, ...]
+_MAX_EXTENDS = 8
+_PATH_FIELDS = {("data", "root"), ("teacher", "weights"), ("model", "weights"), ("model", "onnx")}
+
+
+class TeacherConfig(ModelConfig):
+    """The model that is imitated: given weights, trained here, or both."""
+
+    train: TrainConfig | None = Field(None, description="train the teacher with these settings")
+
+
+class TargetConfig(Config):
+    """A device, how the model runs on it, and its budget."""
+
+    backend: str = Field("auto", description="runtime; auto takes the first of the device that edgekd has")
+    precision: Literal["auto", "fp32", "int8"] = Field("auto", description="auto: what the chain and the gate give")
+    threads: int = Field(1, ge=1, le=256, description="threads of the runtime")
+    batch: int = Field(1, ge=1, le=1024, description="images per inference when measuring")
+    budget: Budget = Field(default_factory=Budget)
+
+
+class Accept(Config):
+    """When the result as a whole is accepted."""
+
+    accuracy_drop_max: float = Field(0.01, ge=0, le=1, description="largest drop of the metric against the teacher's fp32 engine, absolute")
+
+
+class Recipe(Config):
+    """A validated recipe without its stages, which are typed by their own kinds."""
+
+    version: Literal[1]
+    seed: int = Field(0, ge=0, lt=2**31)
+    task: str = "classification"
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    model: ModelConfig
+    targets: dict[str, TargetConfig] = Field(default_factory=lambda: {"host": TargetConfig()})
+    baselines: tuple[Literal["student"], ...] = ()
+    accept: Accept = Field(default_factory=Accept)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe with its stages in order and the source of every value."""
+
+    name: str
+    recipe: Recipe
+    stages: tuple[tuple[str, Settings], ...]  # (stage kind, settings)
+    sources: dict[str, str] = field(default_factory=dict)  # dotted path -> file:line:col, `-o ...`, or nothing for a default
+
+
+def load(name: str, overrides: Sequence[str] = (), *, devices: Sequence[str] = ()) -> Loaded:
+    """A recipe by path or shipped name, with overrides and, where given, other targets; raises RecipeError with all problems."""
+    path = find(name)
+    tree = _Tree.of_file(path, _root_of(path))
+    for text in overrides:
+        tree.override(text, f"-o {text}", base=Path.cwd())
+    if devices:
+        kept = tree.value.get("targets") if isinstance(tree.value.get("targets"), dict) else {}
+        tree.value["targets"] = {d: (kept or {}).get(d, {}) for d in devices}
+    return _validate(_short(path), tree)
+
+
+def from_values(name: str, value: dict[str, Any], overrides: Sequence[str] = ()) -> Loaded:
+    """A recipe made by a single-stage command; the same validation as a file's."""
+    tree = _Tree(value, {})
+    for text in overrides:
+        tree.override(text, f"-o {text}", base=Path.cwd())
+    return _validate(name, tree)
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_dir("recipes") / f"{name.removesuffix('.yaml')}.yaml"
+    if shipped.is_file() and not path.suffix:
+        return shipped
+    bare = name.removeprefix("recipes/").removesuffix(".yaml")
+    if name.startswith("recipes/") and (shipped_dir("recipes") / f"{bare}.yaml").is_file():
+        return shipped_dir("recipes") / f"{bare}.yaml"  # the documented path, from a folder without a checkout
+    raise UsageError(f"there is no recipe '{name}'{suggest(bare, shipped())}", where=name, hint="list the shipped ones: edgekd recipes list")
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with edgekd."""
+    root = shipped_dir("recipes")
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+
+
+# ------------------------------------------------------------------------------------------------------------ files to one tree
+class _Tree:
+    """The merged plain values with, for each dotted path, where the value came from."""
+
+    def __init__(self, value: dict[str, Any], marks: dict[Path_, str]):
+        self.value, self.marks = value, marks
+
+    @classmethod
+    def of_file(cls, path: Path, root: Path, depth: int = 0) -> _Tree:
+        document = yaml.read(_text(path), _short_path(path))
+        if not isinstance(document.value, dict):
+            raise RecipeError([f"{_short_path(path)}:1:1: a recipe is a mapping of sections, this is a {type(document.value).__name__}"])
+        tree = cls(document.value, dict(document.marks))
+        tree._resolve_paths(path.parent, root)
+        parent, changes = tree.value.pop("extends", None), tree.value.pop("set", None)
+        if parent is not None:
+            tree = tree._extend(parent, path, root, depth)
+        if changes is not None:
+            tree._apply_set(changes, document.marks, path.parent)
+        return tree
+
+    def _extend(self, parent: Any, path: Path, root: Path, depth: int) -> _Tree:
+        mark = self.marks.get(("extends",), f"{_short_path(path)}:1:1")
+        if not isinstance(parent, str) or "://" in parent:
+            raise RecipeError([f"{mark}: extends: expected the relative path of one recipe, got {parent!r}"])
+        if depth >= _MAX_EXTENDS:
+            raise RecipeError([f"{mark}: extends: more than {_MAX_EXTENDS} recipes in the chain; is there a cycle?"])
+        try:
+            base_path = contained(path.parent / parent, [root, path.parent])
+            base = _Tree.of_file(base_path, root, depth + 1)
+        except (InputRefused, UsageError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError([f"{mark}: extends: {error.what}"]) from error
+        _merge(base.value, self.value, base.marks, self.marks, ())
+        return base
+
+    def _apply_set(self, changes: Any, marks: Mapping[Path_, str], base: Path) -> None:
+        where = marks.get(("set",), "set")
+        if not isinstance(changes, dict):
+            raise RecipeError([f"{where}: set: expected a mapping of NAME.FIELD to values"])
+        for dotted, value in changes.items():
+            self._put(str(dotted), value, marks.get(("set", dotted), where), base)
+
+    def override(self, text: str, where: str, base: Path) -> None:
+        """`NAME.FIELD=VALUE`; NAME is a section or a stage."""
+        dotted, equals, raw = text.partition("=")
+        if not equals or not dotted:
+            raise RecipeError([f"{where}: expected NAME.FIELD=VALUE"])
+        self._put(dotted, yaml.read_value(raw, where), where, base)
+
+    def _put(self, dotted: str, value: Any, where: str, base: Path) -> None:
+        names = dotted.split(".")
+        at = self._locate(names, where)
+        node: Any = self.value
+        for part in at[:-1]:
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict | list):
+                raise RecipeError([f"{where}: '{part}' is a value, not a section"])
+        node[at[-1]] = value
+        for known in [m for m in self.marks if m[: len(at)] == at]:
+            del self.marks[known]
+        self.marks[at] = where
+        self._resolve_paths(base, None, only=at)
+
+    def _locate(self, names: list[str], where: str) -> Path_:
+        """The path of a dotted name: a section, or the settings of the stage of that name."""
+        stages = {n: p for n, p in _stage_paths(self.value)}
+        if names[0] in stages and len(names) > 1:
+            path = stages[names[0]]
+            holder = self.value["stages"][path[1]]
+            if holder[path[2]] is None:
+                holder[path[2]] = {}
+            return (*path, *names[1:])
+        known = {*Recipe.model_fields, "stages", *stages}
+        if names[0] not in known:
+            raise RecipeError([f"{where}: there is no section or stage '{names[0]}'{suggest(names[0], known)}"])
+        return tuple(names)
+
+    def _resolve_paths(self, base: Path, root: Path | None, only: Path_ | None = None) -> None:
+        """Paths written in a file are relative to it (or to the root) and stay under the root; those of -o are the user's own."""
+        for at in _PATH_FIELDS:
+            if only is not None and at != only:
+                continue
+            node: Any = self.value
+            for part in at[:-1]:
+                node = node.get(part) if isinstance(node, dict) else None
+            written = node.get(at[-1]) if isinstance(node, dict) else None
+            if not isinstance(written, str):
+                continue
+            mark = self.marks.get(at, "recipe")
+            if root is None:
+                node[at[-1]] = str((base / written).resolve() if not Path(written).is_absolute() else written)
+                continue
+            first = base / written
+            try:
+                node[at[-1]] = str(contained(first if first.exists() else root / written, [root, base]))
+            except InputRefused as error:
+                hint = f"a path outside is the user's to give: -o {'.'.join(map(str, at))}={written}"
+                raise RecipeError([f"{mark}: {'.'.join(map(str, at))}: {error.what}"], hint=hint) from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], marks: dict[Path_, str], over_marks: Mapping[Path_, str], at: Path_) -> None:
+    """Mappings merge, everything else is replaced."""
+    for key, value in over.items():
+        here = (*at, key)
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value, marks, over_marks, here)
+            continue
+        base[key] = value
+        for known in [m for m in marks if m[: len(here)] == here]:
+            del marks[known]
+        marks.update({m: w for m, w in over_marks.items() if m[: len(here)] == here})
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", errors="surrogateescape")
+    except FileNotFoundError as error:
+        raise FileMissing(f"there is no file '{path}'", where=str(path)) from error
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _root_of(path: Path) -> Path:
+    """The folder that a recipe's paths may not leave: the working folder if the recipe lies under it, else its own."""
+    shipped_root, real = shipped_dir("recipes"), path.resolve()
+    if real.is_relative_to(shipped_root.resolve()):
+        return shipped_root
+    return Path.cwd() if real.is_relative_to(Path.cwd()) else path.parent
+
+
+def _short_path(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _short(path: Path) -> str:
+    root = shipped_dir("recipes").resolve()
+    real = path.resolve()
+    return real.relative_to(root).with_suffix("").as_posix() if real.is_relative_to(root) else path.stem
+
+
+# ------------------------------------------------------------------------------------------------------------ validation
+def _stage_paths(value: Mapping[str, Any]) -> list[tuple[str, tuple[str | int, ...]]]:
+    """(stage name, path of its settings) for every well-formed stage."""
+    found: list[tuple[str, tuple[str | int, ...]]] = []
+    stages = value.get("stages")
+    for i, item in enumerate(stages if isinstance(stages, list) else []):
+        if isinstance(item, dict) and len(item) == 1:
+            [(kind, body)] = item.items()
+            found.append((str(body.get("name", kind)) if isinstance(body, dict) else str(kind), ("stages", i, kind)))
+    return found
+
+
+def _validate(name: str, tree: _Tree) -> Loaded:
+    problems: list[str] = []
+    value = dict(tree.value)
+    raw_stages = value.pop("stages", [])
+    recipe = _model(Recipe, value, tree.marks, (), problems, extra_names={"stages", "extends", "set"})
+    stages = _stages(raw_stages, tree.marks, problems)
+    if recipe is not None:
+        _cross_checks(recipe, stages, tree.marks, problems)
+    if problems or recipe is None:
+        raise RecipeError(sorted(problems, key=_position), hint="see every field: edgekd recipes show quickstart; edgekd methods show NAME")
+    sources = {".".join(map(str, at)): where for at, where in tree.marks.items()}
+    return Loaded(name, recipe, tuple(stages), _stage_sources(sources, tree.value))
+
+
+def _stages(raw: Any, marks: Mapping[Path_, str], problems: list[str]) -> list[tuple[str, Settings]]:
+    out: list[tuple[str, Settings]] = []
+    if not isinstance(raw, list):
+        problems.append(f"{marks.get(('stages',), 'recipe:1:1')}: stages: expected a list of stages, each `- kind: {{settings}}`")
+        return out
+    taken: set[str] = set(Recipe.model_fields)
+    kinds = user_stages()
+    for i, item in enumerate(raw):
+        where = marks.get(("stages", i), marks.get(("stages",), "recipe:1:1"))
+        if not isinstance(item, dict) or len(item) != 1:
+            problems.append(f"{where}: stages: expected one stage, `- kind: {{settings}}`")
+            continue
+        [(kind, body)] = item.items()
+        at: Path_ = ("stages", i, kind)
+        where = marks.get(at, where)
+        if kind not in kinds:
+            problems.append(f"{where}: unknown stage '{kind}'{suggest(kind, kinds)}")
+        elif not isinstance(body, dict | None):
+            problems.append(f"{where}: {kind}: expected settings, got {body!r}")
+        else:
+            settings = _stage(kind, dict(body or {}), at, marks, problems)
+            if settings and settings.name in taken:
+                problems.append(f"{where}: two things are named '{settings.name}'; give this stage another: name: NAME")
+            elif settings:
+                taken.add(settings.name)
+                out.append((kind, settings))
+    return out
+
+
+def user_stages() -> list[str]:
+    """Stage kinds that a recipe may list: their files say so in their first lines, so that none has to be imported."""
+    return [name for name in registry.names("stage") if hasattr(registry.load("stage", name), "method_kind")]
+
+
+def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str], problems: list[str]) -> Settings | None:
+    stage = registry.load("stage", kind)
+    name = body.pop("name", kind)
+    where = marks.get(at, "recipe:1:1")
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", name):
+        problems.append(f"{marks.get((*at, 'name'), where)}: name: expected lower-case letters, digits, '-' and '_', got {name!r}")
+        return None
+    method, method_cls = None, None
+    if stage.method_kind is not None:
+        field_ = stage.method_field
+        method = body.pop(field_, stage.default_method)
+        spot = marks.get((*at, field_), where)
+        if not isinstance(method, str) or method not in registry.names(stage.method_kind):
+            what = f"unknown {field_} '{method}'{suggest(method, registry.names(stage.method_kind))}" if method else f"{field_}: missing"
+            problems.append(f"{spot}: {name}.{what}" if not method else f"{spot}: {what}")
+            return None
+        method_cls = registry.load(stage.method_kind, method).Config
+    own = {k: v for k, v in body.items() if k in stage.Config.model_fields}
+    rest = {k: v for k, v in body.items() if k not in own}
+    allowed = {"name", *stage.Config.model_fields, *(method_cls.model_fields if method_cls else ())}
+    config = _model(stage.Config, own, marks, at, problems, label=name)
+    if method_cls is None:
+        problems += [f"{marks.get((*at, k), where)}: {name}.{k}: unknown field{suggest(k, allowed)}" for k in rest]
+        return Settings(name, config) if config is not None else None
+    method_config = _model(method_cls, rest, marks, at, problems, label=name, extra_names=allowed)
+    if config is None or method_config is None:
+        return None
+    return Settings(name, config, method, method_config)
+
+
+def _model(
+    cls: type[BaseModel], value: Any, marks: Mapping[Path_, str], at: Path_, problems: list[str], *, label: str = "", extra_names: set[str] | None = None
+) -> Any:
+    """The validated model, or None with its problems added, each at the place where the value was written."""
+    try:
+        return cls.model_validate(value)
+    except ValidationError as error:
+        for e in error.errors(include_url=False):
+            loc = tuple(p for p in e["loc"] if p in ("",) or not str(p).startswith("function-"))
+            here = (*at, *loc)
+            where = next((marks[here[:n]] for n in range(len(here), -1, -1) if here[:n] in marks), "recipe:1:1")
+            dotted = ".".join(map(str, ([label] if label else []) + list(loc)))
+            problems.append(f"{where}: {dotted}: {_sentence(e, cls, loc, extra_names or set())}")
+        return None
+
+
+def _sentence(error: Any, cls: type[BaseModel], loc: Path_, extra: set[str]) -> str:
+    if error["type"] == "extra_forbidden":
+        names = {*_fields_at(cls, loc[:-1]), *(extra if len(loc) == 1 else ())}
+        return f"unknown field{suggest(loc[-1], names)}"
+    if error["type"] == "missing":
+        return "missing; it has no default"
+    text = str(error["msg"])
+    return f"{text[0].lower()}{text[1:]}, got {_shown(error['input'])}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _fields_at(cls: type[BaseModel], loc: Path_) -> set[str]:
+    """Field names of the model nested at `loc`."""
+    current: Any = cls
+    for part in loc:
+        info = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
+        options = _models_in(info.annotation) if info else ([current] if isinstance(current, type) else [])
+        current = options[0] if options else current
+    return set(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else set()
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in getattr(annotation, "__args__", ()) for m in _models_in(a)]
+
+
+def _cross_checks(recipe: Recipe, stages: list[tuple[str, Settings]], marks: Mapping[Path_, str], problems: list[str]) -> None:
+    """What no single section can know: closed names, and stages that need what the recipe lacks."""
+
+    def bad(at: Path_, text: str) -> None:
+        where = next((marks[at[:n]] for n in range(len(at), -1, -1) if at[:n] in marks), "recipe:1:1")
+        problems.append(f"{where}: {'.'.join(map(str, at))}: {text}")
+
+    for section, model in (("model", recipe.model), ("teacher", recipe.teacher)):
+        if model is not None and model.arch is not None and (found := check_architecture(model.arch)):
+            bad((section, "arch"), found)
+    if recipe.task not in registry.names("task"):
+        bad(("task",), f"unknown task '{recipe.task}'{suggest(recipe.task, registry.names('task'))}")
+    if recipe.data.format not in registry.names("format"):
+        bad(("data", "format"), f"unknown format '{recipe.data.format}'{suggest(recipe.data.format, registry.names('format'))}")
+    if (recipe.model.arch is None) == (recipe.model.onnx is None):
+        bad(("model",), "expected either arch or onnx")
+    if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.weights is None and not recipe.teacher.pretrained:
+        bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+    if not recipe.targets:
+        bad(("targets",), "expected at least one target")
+    for device, target in recipe.targets.items():
+        _check_target(device, target, bad)
+    positions = {settings.name: at for (_, settings), at in zip(stages, (p for _, p in _paths_of(stages)), strict=True)}
+    for kind, settings in stages:
+        if kind == "distill" and recipe.teacher is None:
+            bad(positions[settings.name], f"stage '{settings.name}' distils, and the recipe has no teacher")
+        if recipe.model.onnx is not None and kind != "quantize":
+            bad(positions[settings.name], f"stage '{settings.name}' needs an architecture; an ONNX file can only be quantized")
+    seen = False
+    for kind, settings in stages:
+        seen = seen or kind == "quantize"
+        if seen and kind != "quantize":
+            bad(positions[settings.name], f"stage '{settings.name}' works on a model and cannot follow a quantize stage that works on the exported graph")
+
+
+def _paths_of(stages: list[tuple[str, Settings]]) -> list[tuple[str, Path_]]:
+    return [(s.name, ("stages", i, kind)) for i, (kind, s) in enumerate(stages)]
+
+
+def _check_target(device: str, target: TargetConfig, bad: Any) -> None:
+    try:
+        load_device(device)
+    except UnknownName as error:
+        bad(("targets", device), error.what)
+    except EdgekdError as error:
+        bad(("targets", device), str(error))
+    if target.backend != "auto" and target.backend not in registry.names("backend"):
+        bad(("targets", device, "backend"), f"unknown backend '{target.backend}'{suggest(target.backend, registry.names('backend'))}")
+
+
+def _position(problem: str) -> tuple[str, int, int]:
+    found = re.match(r"(.*?):(\d+):(\d+): ", problem)
+    return (found[1], int(found[2]), int(found[3])) if found else ("", 0, 0)
+
+
+def _stage_sources(sources: dict[str, str], value: Mapping[str, Any]) -> dict[str, str]:
+    """Sources with `stages.0.distill.lr` written as `distill.lr`."""
+    renames = {".".join(map(str, at)): name for name, at in _stage_paths(value)}
+    out = {}
+    for dotted, where in sources.items():
+        for prefix, name in renames.items():
+            if dotted == prefix or dotted.startswith(prefix + "."):
+                out[name + dotted[len(prefix) :]] = where
+                break
+        else:
+            out[dotted] = where
+    return out
+
+
+def resolved(loaded: Loaded) -> list[dict[str, Any]]:
+    """Every value of a recipe with its source: rows of path, value, source (`default` where nothing was written)."""
+    rows: list[dict[str, Any]] = []
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                walk(f"{path}.{key}" if path else str(key), item)
+            return
+        source = next((loaded.sources[p] for p in _prefixes(path) if p in loaded.sources and p.count(".") >= path.count(".") - 1), "default")
+        rows.append({"path": path, "value": value, "source": loaded.sources.get(path, source if isinstance(value, list) else "default")})
+
+    walk("", loaded.recipe.model_dump(mode="json"))
+    for kind, settings in loaded.stages:
+        body = {"stage": kind} | settings.config.model_dump(mode="json")
+        if settings.method:
+            body |= {registry.load("stage", kind).method_field: settings.method}
+        if settings.method_config is not None:
+            body |= settings.method_config.model_dump(mode="json")
+        walk(settings.name, body)
+    return rows
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]

@@ -1,0 +1,78 @@
+"""execute(plan, store): the short heart. Then the run folder: bundles, run.json, decisions.json, report.html."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd import registry
+from edgekd.artifact import Artifact, Kind
+from edgekd.plan import Plan, Ref, Step
+from edgekd.safeio.files import resource_errors
+from edgekd.stages._stage import read_decision, write_decision
+
+if TYPE_CHECKING:
+    from edgekd.context import Context
+
+
+class Done:
+    """Finished steps: their artifacts, and how long this run spent on each."""
+
+    def __init__(self) -> None:
+        self.artifacts: dict[str, Artifact] = {}
+        self.seconds: dict[str, float] = {}
+        self.skipped: set[str] = set()
+
+    def resolve(self, ref: Ref) -> Artifact:
+        """The artifact that a reference stands for, through the decisions of gates."""
+        if isinstance(ref, str):
+            return self.artifacts[ref]
+        return self.resolve(ref.after if self.chose_after(ref.decision) else ref.before)
+
+    def chose_after(self, decision: str) -> bool:
+        return bool(read_decision(self.artifacts[decision])["chosen"] == "after")
+
+
+def execute(plan: Plan, ctx: Context) -> Done:
+    """Runs every step that the store does not hold yet, in order; raises what a stage raises, with everything before it kept."""
+    done, total = Done(), len(plan.steps)
+    for number, step in enumerate(plan.steps, 1):
+        ctx.stop.check()
+        if step.unless and not done.chose_after(step.unless[0]):
+            done.artifacts[step.name] = done.resolve(step.unless[1])
+            done.skipped.add(step.name)
+            continue
+        inputs = {name: done.resolve(ref) for name, ref in step.inputs.items()}
+        replayed = ctx.replay.get(step.name) if step.gives is Kind.DECISION else None
+        ingredients = step.ingredients({n: a.digest for n, a in inputs.items()}, ctx.seed, replayed)
+        key = step.key({n: a.digest for n, a in inputs.items()}, ctx.seed, replayed)
+        artifact = ctx.store.get(key)
+        if artifact is None:
+            ctx.console.say(f"[{number}/{total}] {step.name}")
+            started = time.perf_counter()
+            build = partial(_build, step, {n.removesuffix("?"): a for n, a in inputs.items()}, ctx, key, replayed)
+            artifact = ctx.store.put(key, step.gives, build, recipe=ingredients | {"step": step.name}, inputs=tuple(inputs.values()))
+            done.seconds[step.name] = time.perf_counter() - started
+        done.artifacts[step.name] = artifact
+    return done
+
+
+def _build(step: Step, inputs: Mapping[str, Artifact], ctx: Context, key: str, replayed: Any, out: Path) -> dict[str, Any]:
+    """What the store calls to build one entry."""
+    if replayed is not None:
+        write_decision(out, replayed)
+        return {"replayed": True, **{k: replayed[k] for k in ("verdict", "reason") if k in replayed}}
+    stage = registry.load("stage", step.stage)()
+    ctx.work = ctx.store.work(key)
+    started = time.perf_counter()
+    with resource_errors(out):
+        meta: dict[str, Any] = stage.run(step.settings, inputs, out, ctx)
+    return meta | {"seconds": round(time.perf_counter() - started, 3), "step": step.name}
+
+
+def decisions_of(plan: Plan, done: Done) -> dict[str, Any]:
+    """Every recorded decision by step name: give it to `--replay` for byte-identical results."""
+    return {s.name: read_decision(done.artifacts[s.name]) for s in plan.steps if s.gives is Kind.DECISION and s.name not in done.skipped}

@@ -1,0 +1,213 @@
+"""ONNX files from outside: one self-contained file of bounded size with known operators, or a refusal that names file and reason."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import FileMissing, OnnxRefused, ResourceError
+from edgekd.safeio._child import run_confined
+from edgekd.safeio.files import resource_errors
+
+if TYPE_CHECKING:
+    import onnx
+
+_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
+_FOREIGN_OPS = frozenset({"EPContext"})  # holds, or names the path of, a compiled engine
+_MAX_BYTES = 2 * 2**30 - 1  # what protobuf can hold
+_MAX_NODES, _MAX_FUNCTIONS, _MAX_DEPTH = 100_000, 500, 8
+_MAX_ELEMENTS, _MAX_ITERATIONS = 2**30, 2**20
+_EXPECTED = "a self-contained ONNX model"
+_HINT = "export it again into one file: torch.onnx.export(..., external_data=False)"
+
+
+def check_onnx(path: Path, *, max_bytes: int = _MAX_BYTES, trusted: bool = False) -> onnx.ModelProto:
+    """The parsed model. `trusted` (a verified store entry) skips the confined process and its full check.
+
+    Raises FileMissing, and OnnxRefused for damage, external data, unknown operators, and anything beyond the limits.
+    """
+    _check_file(path, max_bytes)
+    refuse = partial(OnnxRefused, where=str(path), hint=_HINT)
+    known = None if trusted else _examined(path)
+    with resource_errors(path):
+        data = path.read_bytes()
+    if known is not None and known != hashlib.sha256(data).hexdigest():
+        raise refuse("the file changed while it was checked", expected="a file that nobody writes to")
+    try:
+        model = _parsed(data)
+        if trusted:
+            _check_structure(model)
+    except OnnxRefused as e:
+        raise refuse(e.what, expected=e.expected) from e
+    return model
+
+
+def _check_file(path: Path, max_bytes: int) -> None:
+    if not path.is_file():
+        raise FileMissing("no such file", where=str(path), expected="an ONNX model", hint="correct the path")
+    if not 0 < path.stat().st_size <= max_bytes:
+        raise OnnxRefused(f"it has {path.stat().st_size} bytes", where=str(path), expected=f"1 to {max_bytes} bytes", hint=_HINT)
+
+
+def _examined(path: Path) -> str:
+    """SHA-256 of the bytes that passed every check in a confined process."""
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as name, resource_errors(Path(name)):
+        outcome = run_confined("onnx", path, Path(name))
+    if not outcome.started:
+        raise ResourceError(outcome.problem or "the confined reader could not start", where=str(path), hint="edgekd doctor")
+    if outcome.problem is not None:
+        raise OnnxRefused(outcome.problem, where=str(path), expected=outcome.expected or _EXPECTED, hint=_HINT)
+    return str(outcome.value["sha256"])
+
+
+# ------------------------------------------------------------------------------------------------- in the confined process
+def examine(source: Path, _folder: Path) -> dict[str, Any]:
+    """Job of `_child`: structure, then ONNX's own full check, then the shapes it infers."""
+    from onnx import checker, inliner, shape_inference  # in the confined process
+
+    data = source.read_bytes()
+    model = _parsed(data)
+    _check_structure(model)
+    try:
+        checker.check_model(model, full_check=True)
+    except Exception as e:  # ValidationError, InferenceError, and what protobuf and pybind raise
+        raise OnnxRefused(f"it is not valid ONNX: {_one_line(e)}", expected=_EXPECTED) from e
+    flat = inliner.inline_local_functions(model) if model.functions else model
+    for message, _ in _messages(shape_inference.infer_shapes(flat, data_prop=True)):
+        _check_dims(message)
+    return {"sha256": hashlib.sha256(data).hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------------------ the rules
+def _parsed(data: bytes) -> onnx.ModelProto:
+    import onnx  # heavy
+
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception as e:  # protobuf's DecodeError
+        raise OnnxRefused("it is not an ONNX file, or it is damaged", expected=_EXPECTED) from e
+    if not model.HasField("graph") or not model.ir_version:
+        raise OnnxRefused("it holds no model", expected=_EXPECTED)
+    return model
+
+
+def _check_structure(model: onnx.ModelProto) -> None:
+    """Everything that can be told without running any of ONNX's own code."""
+    own = {(f.domain, f.name) for f in model.functions}
+    for message, depth in _messages(model):
+        if depth > _MAX_DEPTH:
+            raise OnnxRefused("its subgraphs are nested too deep", expected=f"at most {_MAX_DEPTH} levels")
+        _check_external(message)
+        _check_dims(message)
+        _check_domain(message, own)
+    _check_size(model)
+    _check_loops(model)
+
+
+def _messages(root: Any) -> Iterator[tuple[Any, int]]:
+    """Every message below `root` with its graph depth: whatever field a tensor or node hides in, it is seen."""
+    stack = [(root, 0)]
+    while stack:
+        message, depth = stack.pop()
+        depth += message.DESCRIPTOR.name == "GraphProto"
+        yield message, depth
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                stack.extend((child, depth) for child in ([value] if hasattr(value, "ListFields") else value))
+
+
+def _check_external(message: Any) -> None:
+    if message.DESCRIPTOR.name == "TensorProto" and (message.data_location or message.external_data):
+        raise OnnxRefused(f"tensor {message.name[:80]!a} keeps its data in another file", expected=_EXPECTED)
+
+
+def _check_dims(message: Any) -> None:
+    kind = message.DESCRIPTOR.name
+    if kind in ("TensorProto", "SparseTensorProto"):
+        dims = list(message.dims)
+    elif kind == "TensorShapeProto":
+        dims = [d.dim_value for d in message.dim if d.HasField("dim_value")]
+    else:
+        return
+    if min(dims, default=0) < 0 or math.prod(max(d, 1) for d in dims) > _MAX_ELEMENTS:
+        raise OnnxRefused(f"a tensor of shape {dims[:8]} is too large", expected=f"at most {_MAX_ELEMENTS} elements")
+
+
+def _check_domain(message: Any, own: set[tuple[str, str]]) -> None:
+    kind = message.DESCRIPTOR.name
+    if kind == "OperatorSetIdProto" and message.domain not in _DOMAINS | {domain for domain, _ in own}:
+        raise OnnxRefused(f"operator domain {message.domain[:80]!a} is not known", expected=f"one of {sorted(_DOMAINS)}")
+    if kind != "NodeProto":
+        return
+    if (message.domain not in _DOMAINS and (message.domain, message.op_type) not in own) or message.op_type in _FOREIGN_OPS:
+        raise OnnxRefused(
+            f"operator {message.op_type[:80]!a} of domain {message.domain[:80]!a} is not known", expected="standard operators"
+        )
+
+
+def _check_size(model: onnx.ModelProto) -> None:
+    """Counts nodes as they will be once every function is written out where it is called."""
+    if len(model.functions) > _MAX_FUNCTIONS:
+        raise OnnxRefused(f"it has {len(model.functions)} functions", expected=f"at most {_MAX_FUNCTIONS}")
+    bodies = {(f.domain, f.name): list(_nodes(f)) for f in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(nodes: list[Any], callers: frozenset[tuple[str, str]]) -> int:
+        total = 0
+        for node in nodes:
+            name = (node.domain, node.op_type)
+            if name in callers:
+                raise OnnxRefused(f"function {node.op_type[:80]!a} calls itself", expected=_EXPECTED)
+            if name in bodies and name not in sizes:
+                sizes[name] = size(bodies[name], callers | {name})
+            total += sizes.get(name, 1)
+        return total
+
+    total = max(size(nodes, frozenset({name})) for name, nodes in [*bodies.items(), (("graph", ""), list(_nodes(model.graph)))])
+    if total > _MAX_NODES:
+        raise OnnxRefused(f"it has {total} nodes", expected=f"at most {_MAX_NODES}")
+
+
+def _check_loops(model: onnx.ModelProto) -> None:
+    """A Loop must run a small constant number of times, or a file of a few bytes could run for years."""
+    constants = _small_constants(model)
+    total = 1
+    for node in _nodes(model):
+        if node.op_type == "Loop":
+            counts = constants.get(node.input[0] if node.input else "", [])
+            if not counts:
+                raise OnnxRefused("a Loop runs an unknown number of times", expected=f"at most {_MAX_ITERATIONS} iterations")
+            total *= max(1, *counts)
+    if total > _MAX_ITERATIONS:
+        raise OnnxRefused(f"its loops run {total} times", expected=f"at most {_MAX_ITERATIONS} iterations")
+
+
+def _small_constants(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Name -> values of one-element integer constants of that name in any scope."""
+    from onnx import numpy_helper
+
+    found: dict[str, list[int]] = defaultdict(list)
+    for message, _ in _messages(model):
+        kind = message.DESCRIPTOR.name
+        named = [(t.name, t) for t in message.initializer] if kind == "GraphProto" else []
+        if kind == "NodeProto" and message.op_type == "Constant" and message.output:
+            named = [(message.output[0], a.t) for a in message.attribute if a.name == "value"]
+        for name, tensor in named:
+            if tensor.data_type == tensor.INT64 and math.prod(tensor.dims) == 1:
+                found[name].append(int(numpy_helper.to_array(tensor).reshape(-1)[0]))
+    return found
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    return (message for message, _ in _messages(root) if message.DESCRIPTOR.name == "NodeProto")
+
+
+def _one_line(e: Exception) -> str:
+    return ascii(" ".join(str(e).split()))[1:-1][:300]

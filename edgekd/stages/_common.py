@@ -1,0 +1,37 @@
+"""What several stages need: the dataset, the task and a device to train on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgekd import registry
+
+if TYPE_CHECKING:
+    from edgekd.artifact import Artifact
+    from edgekd.context import Context
+    from edgekd.data.dataset import Dataset
+    from edgekd.stages._stage import Settings
+    from edgekd.tasks._task import Task
+
+
+def open_dataset(data: Artifact, ctx: Context) -> Dataset:
+    from edgekd.data.dataset import Dataset  # numpy
+
+    return Dataset.open(data.path, ctx.data_root, workers=ctx.data_workers)
+
+
+def task_of(settings: Settings) -> Task:
+    task: Task = registry.load("task", str(settings.facts.get("task", "classification")))()
+    return task
+
+
+def training_device() -> str:
+    """cuda where torch sees a GPU, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def method_of(settings: Settings, kind: str) -> Any:
+    """The method object that runs, made from its config."""
+    return registry.load(kind, str(settings.method))(settings.method_config)

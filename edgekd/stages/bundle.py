@@ -1,0 +1,108 @@
+"""bundle: what ships to one target -> a folder with model, pre- and post-processing, labels, sample inputs and outputs, and a manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.budget import Budget
+from edgekd.config import Config as Base
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.compile import ENGINE
+from edgekd.stages.evaluate import METRICS
+from edgekd.stages.export import FACTS, GRAPH
+
+if TYPE_CHECKING:
+    from edgekd.context import Context
+
+FOLDER = "bundle"  # inside the artifact, whose own manifest lies beside it
+_SAMPLES = 8
+_TOLERANCE = {"fp32": 1e-3, "int8": 0.5}  # of an output; int8 kernels differ between runtimes and machines
+
+
+@register("stage")
+class Bundle:
+    class Config(Base):
+        target: str
+        device: str
+        backend: str
+        measured: bool
+        recipe: str
+        threads: int = 1
+        budget: Budget = Field(default_factory=Budget)
+        provenance: dict[str, Any] = Field(default_factory=dict)
+
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "engine": Kind.ENGINE, "data": Kind.DATA, "test": Kind.METRICS, "parity": Kind.METRICS}
+    gives = Kind.BUNDLE
+    version = 1
+    libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.bundle import write_manifest
+        from edgekd.stages._common import open_dataset, task_of
+
+        config, folder = settings.typed(self.Config), out / FOLDER
+        folder.mkdir()
+        graph, engine, dataset = inputs["graph"], inputs["engine"], open_dataset(inputs["data"], ctx)
+        facts, index = graph.json(FACTS), inputs["data"].json("index.json")
+        shutil.copyfile(graph.path / GRAPH, folder / "model.onnx")
+        model_file = str(engine.json(ENGINE)["model_file"])
+        if not model_file.endswith(".onnx"):
+            shutil.copyfile(engine.path / model_file, folder / model_file)
+        settings_ = {n: facts[n] for n in ("image_size", "mean", "std")} | {n: index[n] for n in ("resize", "interpolation")}
+        body = {
+            "schema": "edgekd.bundle/1", "model_file": "model.onnx", "engine_file": model_file, "input": facts["input"], "output": facts["output"],
+            "fixed_batch": facts["fixed_batch"], "precision": facts["precision"], "threads": config.threads, "task": settings.facts["task"],
+            "preprocess": settings_, "postprocess": task_of(settings).postprocess(), "labels": list(dataset.classes), "tolerance": _TOLERANCE[facts["precision"]],
+        }  # fmt: skip
+        (folder / "bundle.json").write_text(json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
+        (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
+        _write_samples(folder / "samples.npz", graph, facts, dataset, ctx)
+        (folder / "predict.py").write_bytes(resources.files("edgekd.templates").joinpath("predict.py").read_bytes())
+        (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs), encoding="utf-8")
+        write_manifest(folder, {"recipe": config.recipe, "target": config.target, "backend": config.backend, "precision": facts["precision"], "metrics": inputs["test"].json(METRICS)["metrics"],
+                                "data": inputs["data"].meta.get("fingerprint"), "provenance": config.provenance})  # fmt: skip
+        return {"model_file": model_file, "size_bytes": (folder / model_file).stat().st_size}
+
+
+def _write_samples(path: Path, graph: Artifact, facts: Mapping[str, Any], dataset: Any, ctx: Context) -> None:
+    """Pixels of a few val images and the outputs they give, so that any device can check itself."""
+    import io
+    import zipfile
+
+    import numpy as np
+
+    from edgekd.stages.parity import graph_outputs
+
+    positions = dataset.split("val")[:_SAMPLES]
+    arrays = {"pixels": dataset.images(positions), "outputs": graph_outputs(graph, dataset, positions, ctx), "labels": dataset.labels[positions]}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # numpy's own savez writes the time of day into the file
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), buffer.getvalue())
+
+
+def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> str:
+    metrics = inputs["test"].json(METRICS)
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics["metrics"].items()))
+    origin = "\n".join(f"- {k}: {v}" for k, v in sorted(config.provenance.items()))
+    return f"""# What this is
+
+Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}` ({config.backend}, {facts['precision']}).
+
+- test metrics of this file, {metrics['samples']} images: {shown}
+- data fingerprint: {inputs['data'].meta.get('fingerprint')}
+{origin}
+
+Licences: the weights follow the licences of the training data and of the model they were distilled from, which edgekd cannot know; `predict.py` is
+MIT-licensed with edgekd. Check a copy with `edgekd verify FOLDER`; classify images with `python predict.py FOLDER_OF_IMAGES`.
+"""

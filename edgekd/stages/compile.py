@@ -1,0 +1,71 @@
+"""compile: graph -> engine for one device, by its backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from edgekd import registry
+from edgekd.artifact import Artifact, Kind
+from edgekd.config import Config as Base
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.export import FACTS, GRAPH
+
+if TYPE_CHECKING:
+    from edgekd.backends import Session
+    from edgekd.context import Context
+
+ENGINE = "engine.json"
+
+
+class RunConfig(Base):
+    """Where and how an engine runs."""
+
+    device: str = Field("host", description="device profile")
+    backend: str = Field("onnxruntime", description="runtime")
+    threads: int = Field(1, ge=1)
+    batch: int = Field(1, ge=1)
+
+
+@register("stage")
+class Compile:
+    Config = RunConfig
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH}
+    gives = Kind.ENGINE
+    version = 1
+    libraries = ("onnx",)
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.profile.device import load_device
+
+        config = settings.typed(RunConfig)
+        backend = registry.load("backend", config.backend)()
+        meta: dict[str, Any] = backend.convert(inputs["graph"].path / GRAPH, load_device(config.device), out, {})
+        facts = inputs["graph"].json(FACTS) | {"device": config.device, "backend": config.backend, "threads": config.threads, "model_file": meta["model_file"]}
+        (out / ENGINE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
+        return meta | {"size_bytes": (out / meta["model_file"]).stat().st_size}
+
+
+def open_engine(engine: Artifact, *, threads: int | None = None) -> tuple[Session, dict[str, Any]]:
+    """A session of an engine on this machine, and the engine's facts."""
+    from edgekd.profile.device import load_device
+
+    facts: dict[str, Any] = engine.json(ENGINE)
+    backend = registry.load("backend", facts["backend"])()
+    session: Session = backend.open(engine.path / facts["model_file"], threads=threads or facts["threads"], device=load_device(facts["device"]))
+    return session, facts
+
+
+def engine_file(engine: Artifact) -> Path:
+    """The file that the runtime opens."""
+    return engine.path / str(engine.json(ENGINE)["model_file"])
+
+
+def engine_bytes(engine: Artifact) -> int:
+    """Size of the engine's file in bytes."""
+    return engine_file(engine).stat().st_size

@@ -1,0 +1,67 @@
+"""distill: a model learns from a teacher by one of the methods of edgekd/distill -> model. Projectors are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.train import chosen_speed, learn, prepare
+from edgekd.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from edgekd.context import Context
+    from edgekd.train.distiller import Side
+    from edgekd.models.spec import ModelSpec
+
+
+@register("stage")
+class Distill:
+    Config = TrainConfig
+    takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA, "teacher": Kind.MODEL, "speed?": Kind.DECISION}
+    gives = Kind.MODEL
+    version = 1
+    libraries = ("torch", "timm")
+    user = True
+    method_kind = "distill"
+    method_field = "method"
+    default_method = "kd"
+    compresses = False
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        import torch
+
+        from edgekd.models.build import load_model
+        from edgekd.models.taps import TappedModel
+        from edgekd.stages._common import method_of
+        from edgekd.train.loop import Teacher
+        from edgekd.train.views import View
+
+        config = settings.typed(TrainConfig)
+        job = prepare(settings, inputs, ctx)
+        teacher, teacher_spec = load_model(inputs["teacher"])
+        job.distiller = method_of(settings, "distill")
+        job.label_weight = job.distiller.config.label_weight
+        speed = chosen_speed(config, inputs, "teacher") if "speed" in inputs else job.speed
+        layout = torch.channels_last if speed.channels_last else torch.contiguous_format
+        teacher = teacher.to(job.device, memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
+        job.teacher = Teacher(teacher, View(teacher_spec, channels_last=speed.channels_last, device=job.device), speed)
+        pair = side(job.model, job.spec), side(teacher, teacher_spec, job.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(ctx.seed)
+            job.projectors = job.distiller.setup(*pair)
+        if "taps" in job.distiller.needs:
+            job.tapped = TappedModel(job.model, pair[0].taps)
+        return learn(job, out, ctx) | {"teacher_autocast": speed.autocast}
+
+
+def side(model: Any, spec: ModelSpec, device: str = "cpu") -> Side:
+    """One model of the pair as a distiller sees it."""
+    from edgekd.train.distiller import Side
+    from edgekd.models.taps import stage_taps
+
+    taps = stage_taps(model, spec.image_size)
+    return Side(model, taps, taps[-1].channels, spec.num_classes)

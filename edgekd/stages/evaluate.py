@@ -1,0 +1,81 @@
+"""evaluate: an engine over one split, through its own runtime -> predictions and metrics. Test is read once, by what ships."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.config import Config as Base
+from edgekd.errors import DataRefused
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.compile import open_engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgekd.backends import Session
+    from edgekd.context import Context
+    from edgekd.data.dataset import Dataset
+
+OUTPUTS, METRICS = "outputs.npy", "metrics.json"
+_BATCH = 64
+
+
+@register("stage")
+class Evaluate:
+    class Config(Base):
+        split: Literal["train", "val", "test"] = "val"
+
+    takes: Mapping[str, Kind] = {"engine": Kind.ENGINE, "data": Kind.DATA, "teacher?": Kind.METRICS}
+    gives = Kind.METRICS
+    version = 1
+    libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        import numpy as np
+
+        from edgekd.stages._common import open_dataset, task_of
+
+        split, task = settings.typed(self.Config).split, task_of(settings)
+        dataset = open_dataset(inputs["data"], ctx)
+        positions = dataset.split(split)
+        if not len(positions):
+            raise DataRefused(f"the dataset has no {split} part", hint=f"-o data.split.{split}=0.15")
+        session, facts = open_engine(inputs["engine"], threads=ctx.threads)
+        outputs = run_engine(session, facts, dataset, positions, ctx, settings.name)
+        teacher = np.load(inputs["teacher"].path / OUTPUTS) if "teacher" in inputs else None
+        labels = dataset.labels[positions]
+        metrics = task.metrics(outputs, labels, teacher)
+        np.save(out / OUTPUTS, outputs)
+        np.save(out / "labels.npy", labels)
+        body = {"split": split, "metric_name": task.metric_name, "metrics": metrics, "samples": len(positions), "confusion": task.confusion(outputs, labels, len(dataset.classes))}
+        (out / METRICS).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
+        return {task.metric_name: metrics[task.metric_name]}
+
+
+def run_engine(session: Session, facts: Mapping[str, Any], dataset: Dataset, positions: NDArray[np.int64], ctx: Context, name: str) -> NDArray[np.float32]:
+    """Outputs (samples, ...) of all positions, in order; a graph with a fixed batch has its last one filled up."""
+    import numpy as np
+
+    from edgekd.data.normalise import normalised
+
+    fixed, parts = facts["fixed_batch"], []
+    size = fixed or _BATCH
+    with ctx.console.bar(name, len(positions)) as bar:
+        for start in range(0, len(positions), size):
+            chosen = positions[start : start + size]
+            asked = np.resize(chosen, size) if fixed else chosen
+            parts.append(session.run({facts["input"]: normalised(dataset.images(asked), facts)})[0][: len(chosen)])
+            bar.update(start + len(chosen))
+    return np.concatenate(parts).astype(np.float32)
+
+
+def metric_of(metrics: Artifact) -> tuple[str, float]:
+    """(name, value) of a METRICS artifact."""
+    body = metrics.json(METRICS)
+    return str(body["metric_name"]), float(body["metrics"][body["metric_name"]])

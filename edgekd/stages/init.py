@@ -1,0 +1,39 @@
+"""init: an architecture with seeded, given or published weights -> model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.models.spec import ModelConfig
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+
+if TYPE_CHECKING:
+    from edgekd.context import Context
+
+
+@register("stage")
+class Init:
+    Config = ModelConfig
+    takes: Mapping[str, Kind] = {"data": Kind.DATA}
+    gives = Kind.MODEL
+    version = 1
+    libraries = ("torch", "timm")
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.models import build as models  # torch
+        from edgekd.models.pretrained import published_weights
+        from edgekd.stages._common import open_dataset
+
+        config = settings.typed(ModelConfig)
+        dataset = open_dataset(inputs["data"], ctx)
+        spec = models.make_spec(config, num_classes=len(dataset.classes), image_size=dataset.image_size)
+        model = models.build(spec, seed=ctx.seed)
+        weights = published_weights(config, ctx) if config.pretrained else config.weights
+        if weights is not None:
+            models.load_state(model, weights)
+        models.save_model(model, spec, out)
+        return {"arch": spec.arch, "parameters": sum(p.numel() for p in model.parameters())}

@@ -1,0 +1,71 @@
+"""parity: torch fp32 -> ONNX fp32 -> int8 on real val images -> one row a rung; a broken rung makes the run end with exit 4."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.config import Config as Base
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.export import FACTS, GRAPH
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgekd.context import Context
+    from edgekd.data.dataset import Dataset
+
+PARITY = "parity.json"
+
+
+@register("stage")
+class Parity:
+    class Config(Base):
+        samples: int = Field(256, ge=1, description="val images that are compared")
+
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "fp32": Kind.GRAPH, "data": Kind.DATA, "model?": Kind.MODEL}
+    gives = Kind.METRICS
+    version = 1
+    libraries = ("torch", "onnxruntime-gpu", "onnxruntime")
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.export.parity import compare
+        from edgekd.stages._common import open_dataset, task_of
+
+        task, dataset = task_of(settings), open_dataset(inputs["data"], ctx)
+        positions = dataset.split("val")[: settings.typed(self.Config).samples]
+        labels, rows = dataset.labels[positions], []
+        onnx = graph_outputs(inputs["fp32"], dataset, positions, ctx)
+        if "model" in inputs:
+            rows.append(compare("torch fp32 -> ONNX fp32", "fp32", torch_outputs(inputs["model"], dataset, positions), onnx, labels, task))
+        precision = inputs["graph"].json(FACTS)["precision"]
+        if inputs["graph"].digest != inputs["fp32"].digest:
+            rows.append(compare(f"ONNX fp32 -> {precision}", precision, onnx, graph_outputs(inputs["graph"], dataset, positions, ctx), labels, task))
+        (out / PARITY).write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
+        return {"ok": all(row["ok"] for row in rows)}
+
+
+def graph_outputs(graph: Artifact, dataset: Dataset, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
+    """Outputs of an ONNX file on this machine's onnxruntime."""
+    from edgekd import registry
+    from edgekd.profile.device import load_device
+    from edgekd.stages.evaluate import run_engine
+
+    session = registry.load("backend", "onnxruntime")().open(graph.path / GRAPH, threads=ctx.threads, device=load_device("host"))
+    return run_engine(session, graph.json(FACTS), dataset, positions, ctx, "parity")
+
+
+def torch_outputs(model: Artifact, dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    from edgekd.models.build import load_model
+    from edgekd.train.evaluate import logits_of
+    from edgekd.train.views import View
+
+    module, spec = load_model(model)
+    return logits_of(module, View(spec), dataset, positions)

@@ -1,0 +1,176 @@
+"""preflight: before any training, the whole chain once with untrained weights. What cannot be built fails now, naming the stage.
+
+One batch through teacher and student with finite loss terms and gradients; the untrained student pruned, exported, quantized with random
+calibration, built and run on every target that this machine can run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from edgekd import registry
+from edgekd.artifact import Artifact, Kind
+from edgekd.config import Config as Base
+from edgekd.errors import EdgekdError, TrainingDiverged
+from edgekd.registry import register
+from edgekd.stages._stage import Settings, write_decision
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from edgekd.context import Context
+    from edgekd.data.dataset import Dataset
+    from edgekd.models.spec import ModelSpec
+
+_BATCH = 4
+
+
+class Probe(Base):
+    """One listed stage, as far as preflight must know it."""
+
+    stage: str
+    name: str
+    method: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class Place(Base):
+    """One target that this machine can run."""
+
+    device: str
+    backend: str
+    threads: int = 1
+
+
+@register("stage")
+class Preflight:
+    class Config(Base):
+        probes: tuple[Probe, ...] = ()
+        places: tuple[Place, ...] = ()
+
+    takes: Mapping[str, Kind] = {"student": Kind.MODEL, "teacher?": Kind.MODEL, "data": Kind.DATA}
+    gives = Kind.DECISION
+    version = 1
+    libraries = ("torch", "timm", "torch-pruning", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.models.build import load_model
+        from edgekd.stages._common import open_dataset
+
+        config = settings.typed(self.Config)
+        student, spec = load_model(inputs["student"])
+        dataset = open_dataset(inputs["data"], ctx)
+        for probe in config.probes:
+            if probe.stage == "distill":
+                with _named(probe.name):
+                    _distil_once(probe, student, spec, inputs["teacher"], dataset)
+        built = _build_all(config, student, spec)
+        write_decision(out, {"built": built})
+        return {"built": built}
+
+
+@contextmanager
+def _named(stage: str) -> Iterator[None]:
+    """Any refusal inside says which stage would have failed."""
+    try:
+        yield
+    except EdgekdError as error:
+        error.where = f"preflight of stage '{stage}'" + (f", {error.where}" if error.where else "")
+        raise
+
+
+def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset) -> None:
+    """One batch: every term and every gradient must be finite."""
+    import copy
+
+    import torch
+
+    from edgekd.data.augment import to_float
+    from edgekd.train.distiller import Batch, Outputs
+    from edgekd.models.build import load_model
+    from edgekd.models.taps import TappedModel
+    from edgekd.stages.distill import side
+    from edgekd.train.views import View
+
+    cls = registry.load("distill", str(probe.method))
+    distiller = cls(cls.Config(**probe.config))
+    net = copy.deepcopy(student).train()
+    guide, guide_spec = load_model(teacher)
+    here, there = side(net, spec), side(guide, guide_spec)
+    distiller.setup(here, there)
+    positions = dataset.split("train")[:_BATCH]
+    images = to_float(torch.from_numpy(dataset.images(positions)))
+    with torch.no_grad():
+        answer = Outputs(guide(View(guide_spec)(images)))
+    logits, taps = TappedModel(net, here.taps)(View(spec)(images))
+    target = torch.from_numpy(dataset.labels[positions])
+    terms = distiller.terms(Batch(Outputs(logits, taps), answer, target, torch.from_numpy(positions), 0.0))
+    for name, term in terms.items():
+        if not bool(term.isfinite()):
+            raise TrainingDiverged(f"loss term '{name}' is {float(term)} on the first batch", expected="a finite term")
+    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            raise TrainingDiverged(f"the gradient of '{name}' is not finite on the first batch", expected="finite gradients")
+
+
+def _build_all(config: Any, student: nn.Module, spec: ModelSpec) -> list[str]:
+    """Pruned, exported, quantized, built and run; returns what was built, in words."""
+    import numpy as np
+
+    from edgekd.export.onnx import INPUT, export_onnx
+    from edgekd.profile.device import load_device
+
+    built = []
+    images = np.random.default_rng(0).standard_normal((_BATCH, 3, spec.image_size, spec.image_size), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
+        model = _pruned(config, student, spec)
+        with _named("export"):
+            fixed = None if export_onnx(model, spec.image_size, graph)["dynamic_batch"] else 1
+        built.append("ONNX fp32")
+        feeds = {INPUT: images[: fixed or _BATCH]}
+        for place in config.places:
+            with _named(f"compile for {place.device}"):
+                backend, device = registry.load("backend", place.backend)(), load_device(place.device)
+                for name, file in [("fp32", graph), *_quantized(config, graph, Path(folder), images, device.flavour, fixed)]:
+                    target = Path(folder) / f"{place.device}-{name}"
+                    target.mkdir()
+                    meta = backend.convert(file, device, target, {})
+                    backend.open(target / meta["model_file"], threads=place.threads, device=device).run(feeds)
+                    built.append(f"{place.backend} {name} for {place.device}")
+    return built
+
+
+def _pruned(config: Any, student: nn.Module, spec: ModelSpec) -> nn.Module:
+    """A half-pruned copy where the recipe prunes, else the student itself; random ranks, since nothing is learned yet."""
+    import copy
+
+    from edgekd.prune._cut import prune_model
+    from edgekd.stages.prune import example_of
+
+    model = copy.deepcopy(student)
+    for probe in config.probes:
+        if probe.stage == "prune":
+            with _named(probe.name):
+                cls = registry.load("criterion", "l1")
+                prune_model(model, example_of(spec), cls(cls.Config()), keep=0.5)
+    return model
+
+
+def _quantized(config: Any, graph: Path, folder: Path, images: NDArray[np.float32], flavour: str, fixed: int | None) -> Iterator[tuple[str, Path]]:
+    for probe in config.probes:
+        if probe.stage == "quantize":
+            with _named(probe.name):
+                cls = registry.load("quantize", str(probe.method))
+                file = folder / f"{probe.name}-{flavour}.onnx"
+                cls(cls.Config(**probe.config)).quantize(graph, file, iter([images[: fixed or _BATCH]]), flavour)
+                yield "int8", file

@@ -1,0 +1,63 @@
+"""profile: engines -> trace. All engines of a run are measured together, interleaved, so that their figures can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd import registry
+from edgekd.artifact import Artifact, Kind
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.compile import RunConfig, open_engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgekd.context import Context
+
+TRACE = "trace.json"
+_SECONDS_PER_ENGINE = 1.5
+_KEPT_SAMPLES = 400
+
+
+@register("stage")
+class Profile:
+    Config = RunConfig
+    takes: Mapping[str, Kind] = {"shipped": Kind.ENGINE, "*": Kind.ENGINE}
+    gives = Kind.TRACE
+    version = 1
+    libraries = ("onnxruntime-gpu", "onnxruntime")
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.profile.device import load_device
+        from edgekd.profile.footprint import load_facts
+        from edgekd.profile.measure import PROTOCOL, measure
+
+        config = settings.typed(RunConfig)
+        engines = {name.removeprefix("*"): engine for name, engine in inputs.items()}
+        unique = {engine.digest: name for name, engine in reversed(engines.items())}  # equal engines are measured once
+        opened = {name: open_engine(engines[name], threads=config.threads) for name in unique.values()}
+        feeds = {name: {facts["input"]: random_input(facts, config.batch)} for name, (_, facts) in opened.items()}
+        samples = measure({n: s for n, (s, _) in opened.items()}, feeds, budget_s=_SECONDS_PER_ENGINE * len(opened))
+        rows = {name: samples[unique[e.digest]].summary() | {"samples": list(samples[unique[e.digest]].ms[:_KEPT_SAMPLES])} for name, e in engines.items()}
+        shipped = engines["shipped"]
+        name, facts = unique[shipped.digest], opened[unique[shipped.digest]][1]
+        backend, file = registry.load("backend", config.backend)(), shipped.path / facts["model_file"]
+        footprint = load_facts(file, config.backend, device=load_device(config.device), feeds=feeds[name], threads=config.threads)
+        layers = [asdict(layer) for layer in backend.layers(file, feeds[name], config.threads)] if hasattr(backend, "layers") else []
+        body = {"protocol": PROTOCOL, "latency": rows, "footprint": footprint, "operators": layers, "threads": config.threads, "batch": config.batch}
+        (out / TRACE).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
+        return {"p50": rows["shipped"]["p50"]}
+
+
+def random_input(facts: Mapping[str, Any], batch: int) -> NDArray[np.float32]:
+    """A fixed random input (batch, 3, h, w)."""
+    import numpy as np
+
+    side = facts["image_size"]
+    return np.random.default_rng(0).standard_normal((facts.get("fixed_batch") or batch, 3, side, side), dtype=np.float32)

@@ -1,0 +1,62 @@
+"""quantize: graph -> graph in the flavour of the target's device, calibrated on training images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.config import Config as Base
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.export import FACTS, GRAPH
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgekd.context import Context
+    from edgekd.data.dataset import Dataset
+
+_BATCH = 32
+
+
+@register("stage")
+class Quantize:
+    class Config(Base):
+        """Everything is the method's."""
+
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA}
+    gives = Kind.GRAPH
+    version = 1
+    libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
+    user = True
+    method_kind = "quantize"
+    method_field = "method"
+    default_method = "ptq"
+    compresses = True
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.stages._common import method_of, open_dataset
+
+        quantizer = method_of(settings, "quantize")
+        facts = inputs["graph"].json(FACTS)
+        dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])
+        samples = calibration_batches(dataset, facts, quantizer.config.samples, ctx.seed)
+        meta: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour)
+        (out / FACTS).write_text(json.dumps(facts | {"precision": "int8", "flavour": flavour}, sort_keys=True), encoding="utf-8")
+        return meta
+
+
+def calibration_batches(dataset: Dataset, facts: Mapping[str, Any], count: int, seed: int) -> Iterator[NDArray[np.float32]]:
+    """Normalised training images (batch, 3, h, w), a seeded choice of `count`."""
+    from edgekd.data.loader import epoch_order
+    from edgekd.data.normalise import normalised
+
+    fixed = facts["fixed_batch"]
+    chosen, size = epoch_order(seed, 0, dataset.split("train"))[:count], fixed or _BATCH
+    for start in range(0, len(chosen) - (size - 1 if fixed else 0), size):  # a fixed batch takes whole batches only
+        yield normalised(dataset.images(chosen[start : start + size]), facts)
+

@@ -1,0 +1,57 @@
+"""read_graph: a user's ONNX file -> graph, after it was checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.errors import FileMissing, OnnxRefused
+from edgekd.models.spec import ModelConfig
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.export import FACTS, GRAPH
+
+if TYPE_CHECKING:
+    from edgekd.context import Context
+
+
+@register("stage")
+class ReadGraph:
+    Config = ModelConfig
+    takes: Mapping[str, Kind] = {"data": Kind.DATA}
+    gives = Kind.GRAPH
+    version = 1
+    libraries = ("onnx",)
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.safeio.onnxfile import check_onnx
+        from edgekd.stages._common import open_dataset
+
+        config = settings.typed(ModelConfig)
+        if config.onnx is None:
+            raise FileMissing("no ONNX file is named", where="model.onnx")
+        proto = check_onnx(config.onnx)
+        shutil.copyfile(config.onnx, out / GRAPH)
+        size, dataset = image_size_of(proto, config.onnx), open_dataset(inputs["data"], ctx)
+        if size is not None and size != dataset.image_size:
+            raise OnnxRefused(f"its input is {size} x {size} pixels, the data are {dataset.image_size}", where=str(config.onnx), hint=f"-o data.image_size={size}")
+        mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
+        names = {"input": proto.graph.input[0].name, "output": proto.graph.output[0].name}
+        batch = int(proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value) or None
+        facts = names | {"fixed_batch": batch, "image_size": dataset.image_size, "mean": mean, "std": std, "precision": "fp32"}
+        (out / FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
+        return {"arch": config.onnx.stem, "nodes": len(proto.graph.node)}
+
+
+def image_size_of(proto: Any, path: Path) -> int | None:
+    """Pixels of a side of the (n, 3, h, w) input, None where it is dynamic; raises OnnxRefused for another layout."""
+    held = {i.name for i in proto.graph.initializer}
+    inputs = [i for i in proto.graph.input if i.name not in held]
+    dims = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
+    if len(inputs) != 1 or len(dims) != 4 or dims[1] not in (0, 3):
+        raise OnnxRefused("it is not an image classifier", where=str(path), expected="one input of shape (batch, 3, height, width)")
+    return int(dims[2]) or None

@@ -1,0 +1,70 @@
+"""train: a model learns from the labels alone -> model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.registry import register
+from edgekd.stages._stage import Settings, read_decision
+from edgekd.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from edgekd.context import Context
+    from edgekd.train.loop import Job, Speed
+
+CURVES = "curves.json"
+
+
+@register("stage")
+class Train:
+    Config = TrainConfig
+    takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA, "speed?": Kind.DECISION}
+    gives = Kind.MODEL
+    version = 1
+    libraries = ("torch", "timm")
+    user = True
+    method_kind = None
+    method_field = "method"
+    default_method = None
+    compresses = False
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        return learn(prepare(settings, inputs, ctx), out, ctx)
+
+
+def prepare(settings: Settings, inputs: Mapping[str, Artifact], ctx: Context) -> Job:
+    """The job of a training stage without a teacher."""
+    from edgekd.models.build import load_model  # torch
+    from edgekd.stages._common import open_dataset, task_of, training_device
+    from edgekd.train.loop import Job
+
+    config = settings.typed(TrainConfig)
+    model, spec = load_model(inputs["model"])
+    dataset = open_dataset(inputs["data"], ctx)
+    speed = chosen_speed(config, inputs, "student")
+    return Job(settings.name, model, spec, dataset, task_of(settings), config, ctx.seed, ctx.work, speed, device=training_device())
+
+
+def chosen_speed(config: TrainConfig, inputs: Mapping[str, Artifact], side: str) -> Speed:
+    """What the tuning decided, or what the settings say."""
+    from edgekd.train.loop import Speed
+
+    found = read_decision(inputs["speed"]).get(side) if "speed" in inputs else None
+    if found is not None:
+        return Speed(found["autocast"], found["channels_last"])
+    return Speed(config.autocast == "bf16", config.channels_last == "on")
+
+
+def learn(job: Job, out: Path, ctx: Context) -> dict[str, Any]:
+    """Runs the loop and saves model and curves."""
+    from edgekd.models.build import save_model
+    from edgekd.train.loop import fit
+
+    trained = fit(job, ctx)
+    save_model(trained.model, job.spec, out)
+    (out / CURVES).write_text(json.dumps(trained.curves, indent=0), encoding="utf-8")
+    return {"steps": trained.steps, "images": trained.images, "autocast": job.speed.autocast, "channels_last": job.speed.channels_last}

@@ -1,0 +1,194 @@
+"""Plan and finished steps -> run.json: the numbers of the contract (design section 6), each read from an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgekd import registry
+from edgekd.artifact import Artifact, Kind
+from edgekd.gate import paired_drop
+from edgekd.plan import Plan, Target
+from edgekd.recipe import resolved
+from edgekd.run import Done
+from edgekd.stages._stage import read_decision
+
+_BUDGET_EXIT = "the budget or the accepted accuracy was missed"
+
+
+def summarise(plan: Plan, done: Done, folder: Path, *, command: list[str], seconds: float, warnings: list[str], environment: dict[str, Any]) -> dict[str, Any]:
+    """The object of run.json. Paths in it are as given: relative to where the command ran."""
+    return _Summary(plan, done, folder).body() | {
+        "run": str(folder), "report": str(folder / "report.html"), "command": command, "seconds": round(seconds, 1), "warnings": warnings, "environment": environment,
+    }  # fmt: skip
+
+
+class _Summary:
+    """Reads what the steps made."""
+
+    def __init__(self, plan: Plan, done: Done, folder: Path):
+        self.plan, self.done, self.folder, self.recipe = plan, done, folder, plan.loaded.recipe
+        self.first = plan.targets[0]
+        self.trace = done.artifacts[f"{self.first.name}.profile"].json("trace.json")
+
+    def body(self) -> dict[str, Any]:
+        teacher, targets = self._teacher(), [self._target(t) for t in self.plan.targets]
+        accept = self._accept()
+        missed = [t for t in targets if t["budget_met"] is False]
+        parity_ok = all(row["ok"] for row in self._parity())
+        return {
+            "recipe": {"name": self.plan.loaded.name, "resolved": resolved(self.plan.loaded)},
+            "decisions": str(self.folder / "decisions.json"),
+            "teacher": teacher,
+            "stages": self._stages(),
+            "baselines": [self._measured_row(name, name) for name in self.plan.baselines],
+            "targets": targets,
+            "accepted": not missed and accept["met"] is not False and parity_ok,
+            "accept": accept,
+            "curves": self._curves(),
+            "latency_samples": {n: r["samples"] for n, r in self.trace["latency"].items() if n in ("teacher", "shipped")},
+            "confusion": self._confusion(),
+            "operators": [{"name": o["name"], "op_type": o["op_type"], "share": o["share"], "mean_us": o["total_us"], "calls": o["calls"]} for o in self.trace["operators"]],
+            "parity": self._parity(),
+            "footprint": self.trace["footprint"],
+        }
+
+    # ------------------------------------------------------------------------------------------------ rows
+    def _latency(self, name: str) -> dict[str, Any] | None:
+        row = self.trace["latency"].get(name)
+        return {k: row[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if row and row["p50"] is not None else None
+
+    def _engine_bytes(self, name: str) -> int:
+        engine = self.done.artifacts[self.plan.engines[name]]
+        return int((engine.path / engine.json("engine.json")["model_file"]).stat().st_size)
+
+    def _teacher(self) -> dict[str, Any] | None:
+        if "teacher" not in self.plan.engines:
+            return None
+        test = self.done.artifacts["teacher.test"].json("metrics.json")
+        arch = self.recipe.teacher.arch if self.recipe.teacher else None
+        return {"name": "teacher", "arch": arch, **_metric(test), "metrics": test["metrics"], "latency_ms": self._latency("teacher"), "size_bytes": self._engine_bytes("teacher")}
+
+    def _stages(self) -> list[dict[str, Any]]:
+        """What a person asked for, in order: the teacher, the listed stages, and the chain's end."""
+        rows = []
+        for step in self.plan.steps:
+            name = step.settings.name
+            listed = step.user and step.gives in (Kind.MODEL, Kind.GRAPH) and step.stage not in ("init",)
+            if listed and step.name in self.plan.engines:
+                rows.append(self._stage_row(step.name, step.stage, step.settings.method, name))
+        shipped = self._last_export()
+        rows.append(self._plain_row("export", "export", self._steps_of("export"), shipped))
+        for kind in ("compile", "profile", "bundle"):
+            rows.append(self._plain_row(kind, kind, [s.name for s in self.plan.steps if s.stage == kind], None))
+        return rows
+
+    def _stage_row(self, step: str, kind: str, method: str | None, name: str) -> dict[str, Any]:
+        artifact = self.done.artifacts[step]
+        verdict = self._verdict(step)
+        skipped = step in self.done.skipped
+        row = {"name": name, "kind": kind, "method": method, "key": artifact.key, "cached": step not in self.done.seconds, "seconds": self._seconds(step)}
+        return row | self._measured_row(name, step) | verdict | ({"skipped": True} if skipped else {})
+
+    def _plain_row(self, name: str, kind: str, steps: list[str], artifact: Artifact | None) -> dict[str, Any]:
+        seconds = round(sum(self.done.seconds.get(s, 0.0) for s in steps), 3)
+        row: dict[str, Any] = {"name": name, "kind": kind, "method": None, "key": artifact.key if artifact else None, "cached": not any(s in self.done.seconds for s in steps)}
+        return row | {"seconds": seconds, "metric": None, "metric_name": None, "size_bytes": None, "latency_ms": None, "verdict": None, "reason": None}
+
+    def _measured_row(self, name: str, step: str) -> dict[str, Any]:
+        body = self.done.artifacts[self.plan.metrics[step]].json("metrics.json")
+        return {"name": name, **_metric(body), "metrics": body["metrics"], "size_bytes": self._engine_bytes(step), "latency_ms": self._latency(step)}
+
+    def _verdict(self, step: str) -> dict[str, Any]:
+        for segment in self.plan.segments:
+            if segment.stages and segment.stages[0] == step:
+                decision = read_decision(self.done.artifacts[segment.gate])
+                return {"verdict": decision["verdict"], "reason": decision["reason"]}
+            if step in segment.stages:
+                return {"verdict": None, "reason": f"judged with '{segment.stages[0]}'"}
+        return {"verdict": None, "reason": None}
+
+    def _seconds(self, step: str) -> float:
+        """This run's time, or the time it took when it was built."""
+        return round(self.done.seconds.get(step, self.done.artifacts[step].meta.get("seconds", 0.0)), 3)
+
+    def _steps_of(self, stage: str) -> list[str]:
+        return [s.name for s in self.plan.steps if s.stage == stage]
+
+    def _last_export(self) -> Artifact:
+        return self.done.resolve(self.plan.shipped[self.first.name])
+
+    # ------------------------------------------------------------------------------------------------ targets
+    def _target(self, target: Target) -> dict[str, Any]:
+        name = target.name
+        bundle, test = self.done.artifacts[f"{name}.bundle"], self.done.artifacts[f"{name}.test"].json("metrics.json")
+        trace = self.done.artifacts[f"{name}.profile"].json("trace.json")["latency"]["shipped"]
+        graph = self.done.resolve(self.plan.shipped[name])
+        measured = target.runs_here
+        latency = {k: trace[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if measured and trace["p50"] is not None else None
+        size = int(bundle.meta["size_bytes"])
+        missed, reason = self._budget(target, latency, size)
+        row: dict[str, Any] = {
+            "device": name, "backend": target.backend, "precision": graph.json("graph.json")["precision"], "measured": measured, "latency_ms": latency, **_metric(test), "metrics": test["metrics"],
+            "size_bytes": size, "model_file": bundle.meta["model_file"], "budget": {k: v for k, v in target.config.budget.model_dump().items() if v is not None},
+            "budget_met": None if missed is None else not missed, "reason": reason, "bundle": str(self.folder / name), "threads": target.config.threads, "batch": target.config.batch,
+        }  # fmt: skip
+        if not measured:
+            row |= {"budget_met": None, "predicted_ms": _predicted(bundle, target), "reason": f"{name} is not this machine: latency was not measured, accuracy and size were judged here on onnxruntime"}
+        return row
+
+    def _budget(self, target: Target, latency: dict[str, Any] | None, size: int) -> tuple[bool | None, str]:
+        missed, reason = target.config.budget.missed(latency, size)
+        if missed is False and latency and latency["series"] not in ("stable", "spiky") and {"p50_ms", "p95_ms"} & {k for k, v in target.config.budget.model_dump().items() if v}:
+            return None, f"the latency series is {latency['series']}: measure again on a quiet machine"
+        return missed, reason
+
+    def _accept(self) -> dict[str, Any]:
+        """The drop of what ships against the reference on test, paired, with its interval."""
+        import numpy as np
+
+        limit, name = self.recipe.accept.accuracy_drop_max, self.first.name
+        mine = self.done.artifacts[f"{name}.test"]
+        reference = self.done.artifacts.get("teacher.test")
+        if reference is None:
+            return {"accuracy_drop_max": limit, "drop": None, "interval": None, "met": None, "reference": None, "reason": "there is no teacher to compare with on test; gates compared on val"}
+        task = registry.load("task", self.recipe.task)()
+        labels = np.load(mine.path / "labels.npy")
+        drop, interval = paired_drop(*(task.scores(np.load(a.path / "outputs.npy"), labels).tolist() for a in (reference, mine)))
+        met = drop <= limit
+        reason = f"test accuracy {'within' if met else 'beyond'} {limit * 100:g} points of the teacher's"
+        return {"accuracy_drop_max": limit, "drop": drop, "interval": list(interval), "met": met, "reference": "teacher", "reason": reason}
+
+    # ------------------------------------------------------------------------------------------------ charts
+    def _curves(self) -> dict[str, Any]:
+        found = {}
+        for step in self.plan.steps:
+            artifact = self.done.artifacts[step.name]
+            if step.stage in ("train", "distill") and step.name not in self.done.skipped and (artifact.path / "curves.json").is_file():
+                found[step.name] = artifact.json("curves.json")
+        return found
+
+    def _confusion(self) -> dict[str, Any] | None:
+        table = self.done.artifacts[f"{self.first.name}.test"].json("metrics.json")["confusion"]
+        return {"labels": self.done.artifacts["data"].json("index.json")["classes"], "matrix": table} if table else None
+
+    def _parity(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.done.artifacts[f"{self.first.name}.parity"].json("parity.json")
+        return rows
+
+
+def _metric(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {"metric": body["metrics"][body["metric_name"]], "metric_name": body["metric_name"]}
+
+
+def _predicted(bundle: Artifact, target: Target) -> dict[str, Any] | None:
+    """A roofline latency for a device that is not here; None where the profile lacks numbers."""
+    from edgekd.errors import EdgekdError
+    from edgekd.profile.predict import predict
+
+    try:
+        found = predict(bundle.path / "bundle" / "model.onnx", target.device, threads=target.config.threads, batch=target.config.batch)
+    except EdgekdError:
+        return None
+    return {"p50": found.p50_ms, "low": found.low_ms, "high": found.high_ms, "basis": found.basis, "label": "predicted"}

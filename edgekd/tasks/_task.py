@@ -1,0 +1,43 @@
+"""What a task is: how targets, the label loss, metrics, post-processing and parity look. The loop, the gate and the bundle never name one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Floats = NDArray[np.float32]
+    Ints = NDArray[np.int64]
+
+
+class Task(Protocol):
+    """One file of this folder, registered with `@register("task")`. Arrays are numpy on the way out, torch inside training."""
+
+    metric_name: str  # the key of `metrics` that gates and reports read; a fraction, higher is better
+
+    def collate(self, labels: Ints, classes: int) -> Tensor:
+        """Stored labels of a batch as the target of `label_loss`."""
+
+    def mix(self, first: Tensor, second: Tensor, share: Tensor, classes: int) -> Tensor:
+        """The target of a mixed image: `share` (batch,) of the first and the rest of the second."""
+
+    def label_loss(self, outputs: Tensor, target: Tensor, smoothing: float) -> Tensor:
+        """Scalar loss against the labels."""
+
+    def scores(self, outputs: Floats, labels: Ints) -> Floats:
+        """One score a sample whose mean is the metric; paired tests compare them."""
+
+    def metrics(self, outputs: Floats, labels: Ints, teacher: Floats | None) -> dict[str, float]:
+        """All metrics of a split, and the agreement with a teacher's outputs where given."""
+
+    def agreement(self, a: Floats, b: Floats) -> float:
+        """Share of samples on which two forms of one model decide alike: the parity metric."""
+
+    def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]] | None:
+        """Counts by true row and decided column, or None where the task has none."""
+
+    def postprocess(self) -> dict[str, Any]:
+        """How a bundle turns outputs into an answer, for predict.py."""

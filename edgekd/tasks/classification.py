@@ -1,0 +1,79 @@
+"""Image classification: one label an image, logits (samples, classes)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgekd.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgekd.tasks._task import Floats, Ints
+
+_ECE_BINS = 15
+
+
+@register("task")
+class Classification:
+    """Cross-entropy, top-1 and top-5, expected calibration error."""
+
+    metric_name = "top1"
+
+    def collate(self, labels: Ints, classes: int) -> Tensor:
+        import torch  # the CLI lists tasks without torch
+
+        return torch.from_numpy(labels)
+
+    def mix(self, first: Tensor, second: Tensor, share: Tensor, classes: int) -> Tensor:
+        from torch.nn import functional as F
+
+        part = share.unsqueeze(1)
+        return part * F.one_hot(first, classes) + (1 - part) * F.one_hot(second, classes)
+
+    def label_loss(self, outputs: Tensor, target: Tensor, smoothing: float) -> Tensor:
+        """Cross-entropy with class ids (batch,) or soft targets (batch, classes)."""
+        from torch.nn import functional as F
+
+        return F.cross_entropy(outputs, target, label_smoothing=smoothing)
+
+    def scores(self, outputs: Floats, labels: Ints) -> Floats:
+        """1 where the most likely class is the label, else 0."""
+        correct: Floats = (outputs.argmax(1) == labels).astype("float32")
+        return correct
+
+    def metrics(self, outputs: Floats, labels: Ints, teacher: Floats | None) -> dict[str, float]:
+        """top1, top5 (where there are more than five classes), ece, and agreement with the teacher."""
+        found = {"top1": float(self.scores(outputs, labels).mean()), "ece": calibration_error(outputs, labels)}
+        if outputs.shape[1] > 5:
+            best = outputs.argsort(1)[:, -5:]
+            found["top5"] = float((best == labels[:, None]).any(1).mean())
+        if teacher is not None:
+            found["agreement"] = self.agreement(outputs, teacher)
+        return found
+
+    def agreement(self, a: Floats, b: Floats) -> float:
+        return float((a.argmax(1) == b.argmax(1)).mean())
+
+    def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]]:
+        import numpy as np
+
+        table = np.zeros((classes, classes), dtype=np.int64)
+        np.add.at(table, (labels, outputs.argmax(1)), 1)
+        return [[int(n) for n in row] for row in table]
+
+    def postprocess(self) -> dict[str, Any]:
+        return {"kind": "softmax", "answer": "argmax"}
+
+
+def calibration_error(logits: Floats, labels: Ints) -> float:
+    """Expected calibration error over 15 equal bins of confidence. Source: Guo et al. 2017, equation 3."""
+    import numpy as np
+
+    z = logits.astype(np.float64)
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    confidence, correct = p.max(1), p.argmax(1) == labels
+    bins = np.minimum((confidence * _ECE_BINS).astype(int), _ECE_BINS - 1)
+    gaps = [abs(correct[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in range(_ECE_BINS) if (bins == b).any()]
+    return float(sum(gaps))

@@ -1,0 +1,36 @@
+"""Settings of the one training loop, shared by train, distill and every later stage that learns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from edgekd.config import Config, no_key
+from edgekd.data.config import AugmentConfig
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainConfig(Config):
+    """How weights are learned; the defaults suit a small CNN on a small dataset."""
+
+    epochs: int = Field(10, ge=1, le=10_000, description="passes over the training split")
+    batch_size: int = Field(64, ge=1, le=65_536, description="images per optimizer step and accumulation part")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum")
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
+    weight_decay: float = Field(0.05, ge=0, description="decay of matrices and kernels; norms and biases have none")
+    momentum: Fraction = Field(0.9, description="SGD momentum")
+    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up, at most a tenth of the epochs")
+    ema: Fraction = Field(0.0, description="decay of the averaged weights that are kept; 0 keeps the last weights")
+    label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
+    clip_grad: float = Field(0.0, ge=0, description="largest gradient norm; 0 does not clip")
+    accumulate: int = Field(1, ge=1, le=1024, description="batches per optimizer step")
+    autocast: Literal["auto", "off", "bf16"] = Field("auto", description="bf16 autocast; auto measures a few steps and keeps the faster")
+    channels_last: Literal["auto", "off", "on"] = Field("auto", description="memory layout of images; auto measures")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="augmentation of training batches")
+    keep: Literal["last", "best"] = Field("last", description="which weights are kept: the last, or the best on val")
+    evaluations: int = Field(10, ge=1, le=1000, description="how often val is evaluated, evenly spread over the epochs")
+    log_seconds: float = no_key(0.5, "how often the progress line is refreshed", gt=0)

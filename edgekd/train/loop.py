@@ -1,0 +1,283 @@
+"""The one training loop: train, distill, recover and every later stage that learns.
+
+Exactness: no state outside the checkpoint. Order, augmentation, mixing and dropout are drawn from (seed, purpose, epoch or step), so a run
+killed anywhere continues to the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.data.augment import augment, mix_batch
+from edgekd.data.loader import batches, epoch_order
+from edgekd.data.rng import seed_of
+from edgekd.train.distiller import Batch, Outputs
+from edgekd.errors import TrainingDiverged
+from edgekd.train import checkpoint
+from edgekd.train.config import TrainConfig
+from edgekd.train.evaluate import logits_of
+from edgekd.train.optim import Average, learning_rate, make_optimizer
+from edgekd.train.views import View
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgekd.context import Context
+    from edgekd.data.dataset import Dataset
+    from edgekd.data.loader import Batch as DataBatch
+    from edgekd.train.distiller import Distiller
+    from edgekd.models.spec import ModelSpec
+    from edgekd.models.taps import TappedModel
+    from edgekd.tasks._task import Task
+
+_CHECKPOINT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How a model is run: chosen by measuring (train/tune.py), recorded, replayed."""
+
+    autocast: bool = False
+    channels_last: bool = False
+
+
+@dataclass
+class Teacher:
+    """The frozen model that is imitated, with its own view of the images."""
+
+    model: nn.Module
+    view: View
+    speed: Speed
+    tapped: TappedModel | None = None
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """Outputs for images in [0, 1]; fp32 whatever the autocast."""
+        kind = images.device.type
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.speed.autocast):
+            logits, taps = self.tapped(self.view(images)) if self.tapped else (self.model(self.view(images)), ())
+        # Clones are ordinary tensors: inference tensors cannot be saved for the student's backward pass.
+        return Outputs(logits.float().clone(), tuple(t.float().clone() for t in taps))
+
+
+@dataclass
+class Job:
+    """One training run."""
+
+    name: str
+    model: nn.Module
+    spec: ModelSpec
+    dataset: Dataset
+    task: Task
+    cfg: TrainConfig
+    seed: int
+    work: Path
+    speed: Speed = field(default_factory=Speed)
+    distiller: Distiller | None = None
+    label_weight: float = 1.0
+    teacher: Teacher | None = None
+    tapped: TappedModel | None = None  # the student with hooks, where the distiller needs features
+    projectors: nn.Module | None = None
+    device: str = "cpu"
+
+
+@dataclass
+class Trained:
+    """What training gives: the kept weights are in `model`; curves are rows of step, epoch, loss, terms, lr and, at times, the val metric."""
+
+    model: nn.Module
+    curves: list[dict[str, Any]]
+    steps: int
+    images: int
+
+
+def fit(job: Job, ctx: Context) -> Trained:
+    """Trains to the end, continuing from a checkpoint in `job.work` if there is one.
+
+    Raises TrainingDiverged for a term that is not finite, Interrupted after a signal (checkpointed).
+    """
+    run = _Run(job)
+    run.resume()
+    with ctx.console.bar(job.name, run.total) as bar, ctx.stop.deferred():
+        started, first, saved = time.monotonic(), run.step, time.monotonic()
+        shown = started
+        for batch in run.remaining():
+            terms = run.train_step(batch.positions, batch.images)
+            now = time.monotonic()
+            if now - shown > job.cfg.log_seconds:
+                rate, shown = (run.step - first) * job.cfg.batch_size / (now - started), now
+                bar.update(run.step, **{n: f"{v:.3f}" for n, v in terms.items()}, rate=f"{rate:.0f}/s")
+            if ctx.stop.code is not None or now - saved > _CHECKPOINT_SECONDS:
+                run.save()
+                saved = time.monotonic()
+            ctx.stop.check()
+    return run.finish()
+
+
+class _Run:
+    """The state of one training: built from the job, overwritten by a checkpoint."""
+
+    def __init__(self, job: Job):
+        self.job, cfg = job, job.cfg
+        layout = torch.channels_last if job.speed.channels_last else torch.contiguous_format
+        self.model = job.model.to(job.device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.trained = nn.ModuleList([m for m in (self.model, job.projectors) if m is not None]).to(job.device)
+        self.optimizer = make_optimizer([self.trained], cfg)
+        self.average = Average(self.model, cfg.ema) if cfg.ema else None
+        self.view = View(job.spec, channels_last=job.speed.channels_last, device=job.device)
+        self.positions = job.dataset.split("train")
+        self.per_epoch = max(len(self.positions) // cfg.batch_size, 1)
+        self.total = self.per_epoch * cfg.epochs
+        self.step = 0  # batches seen; the optimizer steps every `accumulate` of them
+        self.curves: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.sums: dict[str, float] = {}
+        self.last_finite: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------------ steps
+    def remaining(self) -> Iterator[DataBatch]:
+        """Batches from where the checkpoint stands, epoch after epoch."""
+        size = self.job.cfg.batch_size
+        while self.step < self.total:
+            epoch, done = divmod(self.step, self.per_epoch)
+            order = epoch_order(self.job.seed, epoch, self.positions)[done * size : self.per_epoch * size]
+            yield from batches(self.job.dataset, order, size)
+
+    def train_step(self, positions: NDArray[np.int64], images: Tensor) -> dict[str, float]:
+        """One batch: loss terms, backward, and the optimizer where a group of `accumulate` ends."""
+        job, cfg = self.job, self.job.cfg
+        epoch = self.step // self.per_epoch
+        torch.manual_seed(seed_of(job.seed, "step", self.step))  # dropout and drop-path of this step
+        terms = self._terms(positions, images, epoch)
+        values = self._checked(terms)
+        loss = sum(terms.values(), start=torch.zeros((), device=job.device))
+        (loss / cfg.accumulate).backward()  # type: ignore[no-untyped-call]
+        self.step += 1
+        if self.step % cfg.accumulate == 0 or self.step == self.total:
+            self._update()
+        self._log(values, epoch)
+        return values
+
+    def _terms(self, positions: NDArray[np.int64], images: Tensor, epoch: int) -> dict[str, Tensor]:
+        job, cfg = self.job, self.job.cfg
+        classes = len(job.dataset.classes)
+        index = torch.from_numpy(positions)
+        pixels = augment(images.to(job.device), index, cfg.augment, seed=job.seed, epoch=epoch)
+        target = job.task.collate(job.dataset.labels[positions], classes).to(job.device)
+        mixed = mix_batch(pixels, cfg.augment, seed=job.seed, step=self.step)
+        if mixed is not None:
+            pixels, target = mixed.images, job.task.mix(target, target[mixed.partner], mixed.share, classes)
+        with torch.autocast(torch.device(job.device).type, torch.bfloat16, enabled=job.speed.autocast):
+            logits, taps = job.tapped(self.view(pixels)) if job.tapped else (self.model(self.view(pixels)), ())
+        student = Outputs(logits.float(), tuple(t.float() for t in taps))
+        terms = {"label": job.label_weight * job.task.label_loss(student.logits, target, cfg.label_smoothing)}
+        if job.distiller is not None and job.teacher is not None:
+            progress = self.step / max(self.total - 1, 1)
+            terms |= job.distiller.terms(Batch(student, job.teacher(pixels), target, index, progress))
+        return terms
+
+    def _checked(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
+        for name, value in values.items():
+            if not _finite(value):
+                rate = learning_rate(self.job.cfg, self.step, self.total)
+                before = self.last_finite.get(name)
+                raise TrainingDiverged(
+                    f"loss term '{name}' is {value} at step {self.step} (learning rate {rate:.3g}, last finite value {before})",
+                    where=self.job.name,
+                    expected="finite loss terms",
+                    hint=f"lower the rate, or clip: -o {self.job.name}.lr={self.job.cfg.lr / 3:.2g} -o {self.job.name}.clip_grad=1",
+                )
+        self.last_finite = values
+        return values
+
+    def _update(self) -> None:
+        cfg = self.job.cfg
+        rate = learning_rate(cfg, self.step - 1, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if cfg.clip_grad:
+            norm = nn.utils.clip_grad_norm_(self.trained.parameters(), cfg.clip_grad)
+            if not _finite(float(norm)):
+                raise TrainingDiverged(f"the gradient norm is {float(norm)} at step {self.step}", where=self.job.name, expected="finite gradients")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(self.model, self.step)
+
+    # ------------------------------------------------------------------------------------------------ logging and val
+    def _log(self, values: dict[str, float], epoch: int) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if self.step % self.per_epoch:
+            return
+        terms = {n: v / self.per_epoch for n, v in self.sums.items()}
+        rate = learning_rate(self.job.cfg, self.step - 1, self.total)
+        row = {"step": self.step, "epoch": epoch + 1, "loss": sum(terms.values()), "terms": terms, "lr": rate, "val_metric": None}
+        evaluations, epochs = self.job.cfg.evaluations, self.job.cfg.epochs
+        if (epoch + 1) * evaluations // epochs > epoch * evaluations // epochs:
+            row["val_metric"] = self._validate()
+        self.curves.append(row)
+        self.sums = {}
+
+    def _validate(self) -> float | None:
+        job, positions = self.job, self.job.dataset.split("val")
+        if not len(positions):
+            return None
+        model = self.average.model if self.average else self.model
+        outputs = logits_of(model, self.view, job.dataset, positions, device=job.device)
+        metric = float(job.task.metrics(outputs, job.dataset.labels[positions], None)[job.task.metric_name])
+        if job.cfg.keep == "best" and metric > self.best.get("metric", float("-inf")):
+            self.best = {"metric": metric, "state": {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}}
+        return metric
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def save(self) -> None:
+        """Everything that the next step depends on."""
+        state = {
+            "trained": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.model.state_dict() if self.average else {},
+            "gradients": {n: p.grad for n, p in self.trained.named_parameters() if p.grad is not None},
+            "step": self.step,
+            "curves": self.curves,
+            "best": self.best,
+            "sums": self.sums,
+        }
+        checkpoint.save(self.job.work, state)
+
+    def resume(self) -> None:
+        """Takes over a checkpoint of the same job, if there is one."""
+        state = checkpoint.load(self.job.work)
+        if state is None:
+            return
+        self.trained.load_state_dict(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
+        for name, parameter in self.trained.named_parameters():
+            if name in state["gradients"]:
+                parameter.grad = state["gradients"][name].to(parameter.device)
+        self.step, self.curves, self.best, self.sums = state["step"], state["curves"], state["best"], state["sums"]
+
+    def finish(self) -> Trained:
+        """The kept weights, on the CPU, in eval mode."""
+        if self.job.tapped:
+            self.job.tapped.close()
+        model = self.average.model if self.average else self.model
+        if self.best:
+            model.load_state_dict(self.best["state"])
+        kept = model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+        return Trained(kept, self.curves, self.total, self.total * self.job.cfg.batch_size)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
