@@ -16,10 +16,34 @@ from edgekd.recipe import Loaded, load, resolved
 from edgekd.single import parse_args, single_recipe
 
 __all__ = [
-    "Options", "check", "compress", "examine", "exit_code", "import_checkpoint", "list_devices", "list_methods", "list_recipes", "parse_args", "plan", "predict", "profile",
-    "read_run", "render_again", "run_chain", "run_code", "run_single", "show", "show_device", "show_method", "store_gc", "store_rows", "store_verify", "store_why", "verdicts", "verify",
-]  # fmt: skip
-
+    "Options",
+    "check",
+    "compress",
+    "examine",
+    "exit_code",
+    "import_checkpoint",
+    "list_devices",
+    "list_methods",
+    "list_recipes",
+    "parse_args",
+    "plan",
+    "predict",
+    "profile",
+    "read_run",
+    "render_again",
+    "run_chain",
+    "run_code",
+    "run_single",
+    "show",
+    "show_device",
+    "show_method",
+    "store_gc",
+    "store_rows",
+    "store_verify",
+    "store_why",
+    "verdicts",
+    "verify",
+]
 if TYPE_CHECKING:
     from edgekd.console import Console
     from edgekd.context import Context
@@ -73,18 +97,47 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     _copy_bundles(plan, done, folder)
     for line in done.artifacts["data"].meta.get("skipped", {}):
         console.warn(f"left out of the data: {line}")
-    run = summarise(plan, done, folder, command=list(options.command), seconds=time.perf_counter() - started, warnings=console.warnings, environment=environment())
+    run = summarise(
+        plan,
+        done,
+        folder,
+        command=list(options.command),
+        seconds=time.perf_counter() - started,
+        warnings=console.warnings,
+        environment=environment(),
+    )
     _write_run(folder, run, decisions_of(plan, done))
     return run
 
 
-def run_single(kind: str | None, body: Mapping[str, Any], model: Path, *, data: Path, arch: str | None, args: Sequence[str], image_size: int,
-               accuracy_drop_max: float = 0.01, options: Options | None = None, console: Console | None = None) -> dict[str, Any]:  # fmt: skip
+def run_single(
+    kind: str | None,
+    body: Mapping[str, Any],
+    model: Path,
+    *,
+    data: Path,
+    arch: str | None,
+    args: Sequence[str],
+    image_size: int,
+    accuracy_drop_max: float = 0.01,
+    options: Options | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
     """One stage (`prune`, `quantize`, `train`, or None for export alone) on a user's own model; returns the object of run.json."""
     options = options or Options()
     run_code(options.code)
-    loaded = single_recipe(kind, body, model, data=data, arch=arch, args=args, image_size=image_size, accuracy_drop_max=accuracy_drop_max,
-                           overrides=options.overrides, devices=options.devices)  # fmt: skip
+    loaded = single_recipe(
+        kind,
+        body,
+        model,
+        data=data,
+        arch=arch,
+        args=args,
+        image_size=image_size,
+        accuracy_drop_max=accuracy_drop_max,
+        overrides=options.overrides,
+        devices=options.devices,
+    )
     return run_chain(loaded, options, console=console)
 
 
@@ -98,7 +151,10 @@ def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:
     loaded, store = load(recipe, options.overrides, devices=options.devices), Store()
     built = build_plan(loaded, gate=options.gate, cache_dir=store.root)
     rows = state_of(built, store.peek, read_decisions(options.replay), store.get)
-    return [{"step": s.name, "stage": s.stage, "method": s.settings.method, "gives": str(s.gives), "state": state, "listed": s.user} for s, state in rows]
+    return [
+        {"step": s.name, "stage": s.stage, "method": s.settings.method, "gives": str(s.gives), "state": state, "listed": s.user}
+        for s, state in rows
+    ]
 
 
 def check(recipe: str, overrides: Sequence[str] = (), *, devices: Sequence[str] = (), code: Path | None = None) -> Loaded:
@@ -112,8 +168,18 @@ def show(recipe: str, overrides: Sequence[str] = (), *, code: Path | None = None
     return resolved(check(recipe, overrides, code=code))
 
 
-def import_checkpoint(path: Path, arch: str, *, args: Mapping[str, Any] | None = None, num_classes: int | None = None, image_size: int | None = None,
-                      mean: Sequence[float] | None = None, std: Sequence[float] | None = None, out: Path | None = None, code: Path | None = None) -> dict[str, Any]:  # fmt: skip
+def import_checkpoint(
+    path: Path,
+    arch: str,
+    *,
+    args: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    out: Path | None = None,
+    code: Path | None = None,
+) -> dict[str, Any]:
     """Reads a checkpoint in a limited child, fits it to the architecture and writes safetensors; runs no code of the file."""
     run_code(code)
     from edgekd.models.importing import import_weights
@@ -121,7 +187,17 @@ def import_checkpoint(path: Path, arch: str, *, args: Mapping[str, Any] | None =
     return import_weights(path, arch, dict(args or {}), num_classes=num_classes, image_size=image_size, mean=mean, std=std, out=out)
 
 
-def profile(model: Path, *, device: str = "host", backend: str = "auto", threads: int = 1, batch: int = 1, layers: bool = False, via: str | None = None, seconds: float = 5.0) -> dict[str, Any]:
+def profile(
+    model: Path,
+    *,
+    device: str = "host",
+    backend: str = "auto",
+    threads: int = 1,
+    batch: int = 1,
+    layers: bool = False,
+    via: str | None = None,
+    seconds: float = 5.0,
+) -> dict[str, Any]:
     """Measures an ONNX file or bundle: latency with intervals, memory, load time, size, and per-operator times."""
     from edgekd.profile.report import profile_model
 
@@ -226,7 +302,11 @@ def environment() -> dict[str, Any]:
     from edgekd.profile.host import identity
 
     names = ("edgekd", "torch", "timm", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
-    return {"python": platform.python_version(), "machine": identity(), "libraries": {n: v for n in names if (v := library_version(n)) != "absent"}}
+    return {
+        "python": platform.python_version(),
+        "machine": identity(),
+        "libraries": {n: v for n in names if (v := library_version(n)) != "absent"},
+    }
 
 
 def exit_code(run: Mapping[str, Any]) -> int:
@@ -263,8 +343,11 @@ def _check_reachable(plan: Plan, options: Options, console: Console) -> None:
 
     away = [t.name for t in plan.targets if not t.runs_here]
     if away and options.require_measured:
-        raise DeviceError(f"{', '.join(away)} is not this machine, and --require-measured asks for a measurement", expected="a reachable device",
-                          hint="leave --require-measured out to get a bundle with a predicted latency")  # fmt: skip
+        raise DeviceError(
+            f"{', '.join(away)} is not this machine, and --require-measured asks for a measurement",
+            expected="a reachable device",
+            hint="leave --require-measured out to get a bundle with a predicted latency",
+        )
     for name in away:
         console.warn(f"{name} is not this machine: its latency will be predicted, not measured")
 
@@ -276,7 +359,11 @@ def _check_space(plan: Plan, ctx: Context) -> None:
 
     needed, free = 200 * 2**20, free_bytes(ctx.store.root)
     if free < needed:
-        raise ResourceError(f"the disk of the store has {free} bytes free, a run needs about {needed}", where=str(ctx.store.root), hint="edgekd store gc --older-than 30")
+        raise ResourceError(
+            f"the disk of the store has {free} bytes free, a run needs about {needed}",
+            where=str(ctx.store.root),
+            hint="edgekd store gc --older-than 30",
+        )
 
 
 def _main_thread() -> bool:
@@ -289,4 +376,3 @@ def _nothing() -> Any:
     import contextlib
 
     return contextlib.nullcontext()
-

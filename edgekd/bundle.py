@@ -17,7 +17,11 @@ _HINT = "do not deploy it; make it again: edgekd compress RECIPE"
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Adds manifest.json: size and SHA-256 of every file of the folder, with `facts` about where it comes from."""
-    files = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {
+        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
     body = {"schema": "edgekd.bundle/1", "files": files, **facts}
     write_synced(folder / MANIFEST, _encoded(body))
 
@@ -35,7 +39,9 @@ def verify_files(folder: Path) -> dict[str, Any]:
     wanted: dict[str, Any] = body["files"]
     for what, names in (("missing", set(wanted) - set(here)), ("not in the manifest", set(here) - set(wanted) - {MANIFEST})):
         if names:
-            raise BundleRefused(f"{what}: {', '.join(sorted(names)[:5])}", where=str(folder), expected="exactly the files of the manifest", hint=_HINT)
+            raise BundleRefused(
+                f"{what}: {', '.join(sorted(names)[:5])}", where=str(folder), expected="exactly the files of the manifest", hint=_HINT
+            )
     for name, entry in wanted.items():
         if here[name].stat().st_size != entry["size"] or sha256_file(here[name]) != entry["sha256"]:
             raise BundleRefused(f"'{name}' was changed", where=str(folder), expected=f"SHA-256 {entry['sha256'][:16]}...", hint=_HINT)

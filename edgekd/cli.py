@@ -13,8 +13,14 @@ import typer
 from edgekd.console import Console
 from edgekd.errors import INTERNAL, OK, EdgekdError, ResourceError, UsageError
 
-app = typer.Typer(name="edgekd", no_args_is_help=True, add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="From a trained model to a small, fast, verified engine for a named device.")  # fmt: skip
+app = typer.Typer(
+    name="edgekd",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="From a trained model to a small, fast, verified engine for a named device.",
+)
 recipes_app = typer.Typer(no_args_is_help=True, help="Shipped recipes.")
 devices_app = typer.Typer(no_args_is_help=True, help="Device profiles.")
 methods_app = typer.Typer(no_args_is_help=True, help="Distillers, criteria, quantizers, formats, backends and tasks.")
@@ -113,7 +119,14 @@ def _finish(result: dict[str, Any], console: Console, code: Callable[[dict[str, 
 
 
 @app.command()
-def plan(recipe: RecipeName, o: Set = None, device: Device = None, code: Code = None, no_gate: Annotated[bool, typer.Option("--no-gate")] = False, json: Json = False) -> None:
+def plan(
+    recipe: RecipeName,
+    o: Set = None,
+    device: Device = None,
+    code: Code = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate")] = False,
+    json: Json = False,
+) -> None:
     """Show the steps of a recipe and which of them are cached."""
     from edgekd.api import Options
     from edgekd.api import plan as steps
@@ -128,9 +141,12 @@ def check(recipe: RecipeName, o: Set = None, device: Device = None, code: Code =
     from edgekd.api import check as validate
 
     loaded = validate(recipe, o or (), devices=device or (), code=code)
-    found = {"recipe": loaded.name, "stages": [s.name for _, s in loaded.stages], "targets": list(loaded.recipe.targets), "ok": True}
+    stages, targets = [s.name for _, s in loaded.stages], list(loaded.recipe.targets)
     console = Console(json_mode=json)
-    console.json(found) if json else console.data(f"{loaded.name}: ok; stages {', '.join(found['stages']) or 'none'}; targets {', '.join(found['targets'])}")
+    if json:
+        console.json({"recipe": loaded.name, "stages": stages, "targets": targets, "ok": True})
+    else:
+        console.data(f"{loaded.name}: ok; stages {', '.join(stages) or 'none'}; targets {', '.join(targets)}")
 
 
 @app.command()
@@ -150,14 +166,39 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Weights (safetenso
 Size = Annotated[int, typer.Option(help="Height and width in pixels.")]
 
 
-def _single(kind: str | None, body: dict[str, Any], model: Path, *, data: Path, arch: str | None, arg: list[str] | None, image_size: int, o: list[str] | None,
-            device: list[str] | None, out: Path | None, code: Path | None, json: bool, drop: float = 0.01, gate: bool = True) -> int:  # fmt: skip
+def _single(
+    kind: str | None,
+    body: dict[str, Any],
+    model: Path,
+    *,
+    data: Path,
+    arch: str | None,
+    arg: list[str] | None,
+    image_size: int,
+    o: list[str] | None,
+    device: list[str] | None,
+    out: Path | None,
+    code: Path | None,
+    json: bool,
+    drop: float = 0.01,
+    gate: bool = True,
+) -> int:
     """A one-stage recipe around a user's own model: the same code path as `compress`."""
     from edgekd.api import Options, exit_code, run_single
 
     console = Console(json_mode=json)
-    result = run_single(kind, body, model, data=data, arch=arch, args=arg or (), image_size=image_size, accuracy_drop_max=drop,
-                        options=Options(o or (), device or (), out, code, gate), console=console)  # fmt: skip
+    result = run_single(
+        kind,
+        body,
+        model,
+        data=data,
+        arch=arch,
+        args=arg or (),
+        image_size=image_size,
+        accuracy_drop_max=drop,
+        options=Options(o or (), device or (), out, code, gate),
+        console=console,
+    )
     return _finish(result, console, exit_code)
 
 
@@ -166,55 +207,176 @@ NoGate = Annotated[bool, typer.Option("--no-gate", help="Keep the step, whatever
 
 
 @app.command()
-def prune(model: Model, data: Data, arch: Arch = None, arg: Args = None, image_size: Size = 224, criterion: str = "l1",
-          speedup: Annotated[float | None, typer.Option(help="Measured speed-up to reach.")] = None, macs: Annotated[float | None, typer.Option(help="Fraction of operations kept.")] = None,
-          params: Annotated[float | None, typer.Option(help="Fraction of parameters kept.")] = None, recover: Annotated[int, typer.Option(help="Epochs of training after the cut; 0 for none.")] = 1,
-          drop: Drop = 0.01, o: Set = None, device: Device = None, out: Out = None, code: Code = None, no_gate: NoGate = False, json: Json = False) -> int:  # fmt: skip
+def prune(
+    model: Model,
+    data: Data,
+    arch: Arch = None,
+    arg: Args = None,
+    image_size: Size = 224,
+    criterion: str = "l1",
+    speedup: Annotated[float | None, typer.Option(help="Measured speed-up to reach.")] = None,
+    macs: Annotated[float | None, typer.Option(help="Fraction of operations kept.")] = None,
+    params: Annotated[float | None, typer.Option(help="Fraction of parameters kept.")] = None,
+    recover: Annotated[int, typer.Option(help="Epochs of training after the cut; 0 for none.")] = 1,
+    drop: Drop = 0.01,
+    o: Set = None,
+    device: Device = None,
+    out: Out = None,
+    code: Code = None,
+    no_gate: NoGate = False,
+    json: Json = False,
+) -> int:
     """Prune your own trained model; no teacher and no recipe needed."""
     goals = {k: v for k, v in (("speedup", speedup), ("macs", macs), ("params", params)) if v is not None} or {"speedup": 1.5}
     stages = {"criterion": criterion, "target": goals, "recover": recover}
-    return _single("prune", stages, model, data=data, arch=arch, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json, drop=drop, gate=not no_gate)
+    return _single(
+        "prune",
+        stages,
+        model,
+        data=data,
+        arch=arch,
+        arg=arg,
+        image_size=image_size,
+        o=o,
+        device=device,
+        out=out,
+        code=code,
+        json=json,
+        drop=drop,
+        gate=not no_gate,
+    )
 
 
 @app.command()
-def quantize(model: Model, data: Data, arch: Arch = None, arg: Args = None, image_size: Size = 224, method: str = "ptq", drop: Drop = 0.01, o: Set = None, device: Device = None,
-             out: Out = None, code: Code = None, no_gate: NoGate = False, json: Json = False) -> int:  # fmt: skip
+def quantize(
+    model: Model,
+    data: Data,
+    arch: Arch = None,
+    arg: Args = None,
+    image_size: Size = 224,
+    method: str = "ptq",
+    drop: Drop = 0.01,
+    o: Set = None,
+    device: Device = None,
+    out: Out = None,
+    code: Code = None,
+    no_gate: NoGate = False,
+    json: Json = False,
+) -> int:
     """Quantize your own trained model or ONNX file."""
-    return _single("quantize", {"method": method}, model, data=data, arch=arch, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json, drop=drop, gate=not no_gate)
+    return _single(
+        "quantize",
+        {"method": method},
+        model,
+        data=data,
+        arch=arch,
+        arg=arg,
+        image_size=image_size,
+        o=o,
+        device=device,
+        out=out,
+        code=code,
+        json=json,
+        drop=drop,
+        gate=not no_gate,
+    )
 
 
 @app.command()
-def export(model: Model, data: Data, arch: Arch = None, arg: Args = None, image_size: Size = 224, o: Set = None, device: Device = None, out: Out = None, code: Code = None, json: Json = False) -> int:
+def export(
+    model: Model,
+    data: Data,
+    arch: Arch = None,
+    arg: Args = None,
+    image_size: Size = 224,
+    o: Set = None,
+    device: Device = None,
+    out: Out = None,
+    code: Code = None,
+    json: Json = False,
+) -> int:
     """Export your own trained model to ONNX, check it against torch, measure it and bundle it."""
     return _single(None, {}, model, data=data, arch=arch, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json)
 
 
 @app.command()
-def train(model: Annotated[str, typer.Argument(metavar="ARCH|MODEL", help="An architecture to train from scratch, or weights with --arch.")], data: Data, arch: Arch = None, arg: Args = None,
-          image_size: Size = 224, epochs: int = 10, o: Set = None, device: Device = None, out: Out = None, code: Code = None, json: Json = False) -> int:  # fmt: skip
+def train(
+    model: Annotated[str, typer.Argument(metavar="ARCH|MODEL", help="An architecture to train from scratch, or weights with --arch.")],
+    data: Data,
+    arch: Arch = None,
+    arg: Args = None,
+    image_size: Size = 224,
+    epochs: int = 10,
+    o: Set = None,
+    device: Device = None,
+    out: Out = None,
+    code: Code = None,
+    json: Json = False,
+) -> int:
     """Train a model on a folder of images, export and bundle it."""
     weights = Path(model) if Path(model).is_file() else None
-    return _single("train", {"epochs": epochs}, weights or Path(), data=data, arch=arch or model, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json)
+    return _single(
+        "train",
+        {"epochs": epochs},
+        weights or Path(),
+        data=data,
+        arch=arch or model,
+        arg=arg,
+        image_size=image_size,
+        o=o,
+        device=device,
+        out=out,
+        code=code,
+        json=json,
+    )
 
 
 @app.command("import")
-def import_(checkpoint: Annotated[Path, typer.Argument(help="A .pt, .pth, .th or .safetensors file.")], arch: Annotated[str, typer.Option(help="Architecture that the weights are for.")],
-            arg: Args = None, num_classes: Annotated[int | None, typer.Option(help="Outputs; default: read from the last layer.")] = None, image_size: Annotated[int | None, typer.Option()] = None,
-            mean: Annotated[str | None, typer.Option(help="Channel means, R,G,B.")] = None, std: Annotated[str | None, typer.Option(help="Channel deviations, R,G,B.")] = None,
-            out: Annotated[Path | None, typer.Option(help="File to write; default: beside the checkpoint, .safetensors.")] = None, code: Code = None, json: Json = False) -> None:  # fmt: skip
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pt, .pth, .th or .safetensors file.")],
+    arch: Annotated[str, typer.Option(help="Architecture that the weights are for.")],
+    arg: Args = None,
+    num_classes: Annotated[int | None, typer.Option(help="Outputs; default: read from the last layer.")] = None,
+    image_size: Annotated[int | None, typer.Option()] = None,
+    mean: Annotated[str | None, typer.Option(help="Channel means, R,G,B.")] = None,
+    std: Annotated[str | None, typer.Option(help="Channel deviations, R,G,B.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: beside the checkpoint, .safetensors.")] = None,
+    code: Code = None,
+    json: Json = False,
+) -> None:
     """Turn a checkpoint into safetensors: tensors only, no code of the file is run."""
     from edgekd.api import import_checkpoint, parse_args
 
-    found = import_checkpoint(checkpoint, arch, args=parse_args(arg or ()), num_classes=num_classes, image_size=image_size, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), out=out, code=code)
+    found = import_checkpoint(
+        checkpoint,
+        arch,
+        args=parse_args(arg or ()),
+        num_classes=num_classes,
+        image_size=image_size,
+        mean=_numbers(mean, "--mean"),
+        std=_numbers(std, "--std"),
+        out=out,
+        code=code,
+    )
     console = Console(json_mode=json)
-    console.json(found) if json else console.data(f"{found['out']}: {found['tensors']} tensors, {found['parameters']:,} parameters of {arch}")
+    console.json(found) if json else console.data(
+        f"{found['out']}: {found['tensors']} tensors, {found['parameters']:,} parameters of {arch}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 @app.command()
-def profile(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")], device: Annotated[str, typer.Option()] = "host", backend: Annotated[str, typer.Option()] = "auto",
-            threads: Threads = 1, batch: Batch = 1, layers: Annotated[bool, typer.Option("--layers", help="Time per operator.")] = False,
-            via: Annotated[str | None, typer.Option(help="Transport to the device.")] = None, seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Time to measure.")] = 5.0, json: Json = False) -> None:  # fmt: skip
+def profile(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")],
+    device: Annotated[str, typer.Option()] = "host",
+    backend: Annotated[str, typer.Option()] = "auto",
+    threads: Threads = 1,
+    batch: Batch = 1,
+    layers: Annotated[bool, typer.Option("--layers", help="Time per operator.")] = False,
+    via: Annotated[str | None, typer.Option(help="Transport to the device.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Time to measure.")] = 5.0,
+    json: Json = False,
+) -> None:
     """Measure latency, memory, load time and size of an ONNX file or a bundle."""
     from edgekd.api import profile as measure
 
@@ -225,14 +387,31 @@ def profile(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")],
         return
     lat = found["latency_ms"]
     console.data(f"{model.name} on {device} ({found['backend']}, {threads} thread{'s' if threads > 1 else ''}, batch {batch})")
-    console.data(f"p50 {lat['p50']:.3f} ms (95 % {lat['ci95'][0]:.3f} to {lat['ci95'][1]:.3f})   p95 {lat['p95']:.3f}   p99 {lat['p99']:.3f}   n {lat['n']}   series {lat['series']}")
-    console.data(f"file {found['size_bytes']:,} bytes   load {found['load_ms']:.0f} ms   peak memory {found['peak_mib']:.1f} MiB above an idle process")
+    console.data(
+        f"p50 {lat['p50']:.3f} ms (95 % {lat['ci95'][0]:.3f} to {lat['ci95'][1]:.3f})   p95 {lat['p95']:.3f}   p99 {lat['p99']:.3f}   n {lat['n']}   series {lat['series']}"
+    )
+    console.data(
+        f"file {found['size_bytes']:,} bytes   load {found['load_ms']:.0f} ms   peak memory {found['peak_mib']:.1f} MiB above an idle process"
+    )
     if layers:
-        _table([{"operator": r["op_type"], "name": r["name"], "us": f"{r['total_us']:.1f}", "share": f"{r['share']:.1%}"} for r in found["operators"]], ("operator", "name", "us", "share"), False)
+        _table(
+            [
+                {"operator": r["op_type"], "name": r["name"], "us": f"{r['total_us']:.1f}", "share": f"{r['share']:.1%}"}
+                for r in found["operators"]
+            ],
+            ("operator", "name", "us", "share"),
+            False,
+        )
 
 
 @app.command()
-def predict(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")], device: Annotated[str, typer.Option()], threads: Threads = 1, batch: Batch = 1, json: Json = False) -> None:
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")],
+    device: Annotated[str, typer.Option()],
+    threads: Threads = 1,
+    batch: Batch = 1,
+    json: Json = False,
+) -> None:
     """Predict the latency on a device that is not here, from its profile. Never a measurement."""
     from edgekd.api import predict as roofline
 
@@ -241,7 +420,9 @@ def predict(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")],
     if json:
         console.json(found)
         return
-    console.data(f"predicted, not measured: {found['p50_ms']:.3f} ms on {device} (between {found['low_ms']:.3f} and {found['high_ms']:.3f})")
+    console.data(
+        f"predicted, not measured: {found['p50_ms']:.3f} ms on {device} (between {found['low_ms']:.3f} and {found['high_ms']:.3f})"
+    )
     console.data(f"basis: {found['basis']}")
 
 
@@ -290,7 +471,10 @@ def devices_show(device: str, json: Json = False) -> None:
 
 
 @methods_app.command("list")
-def methods_list(kind: Annotated[str | None, typer.Argument(help="distill, criterion, quantize, format, backend, task or architectures")] = None, json: Json = False) -> None:
+def methods_list(
+    kind: Annotated[str | None, typer.Argument(help="distill, criterion, quantize, format, backend, task or architectures")] = None,
+    json: Json = False,
+) -> None:
     """Methods by kind, with one line each."""
     from edgekd.api import list_methods
 
@@ -348,7 +532,9 @@ def store_list(json: Json = False) -> None:
 
 
 @store_app.command("why")
-def store_why(key: str, other: Annotated[str | None, typer.Argument(help="A second key: what differs between them.")] = None, json: Json = False) -> None:
+def store_why(
+    key: str, other: Annotated[str | None, typer.Argument(help="A second key: what differs between them.")] = None, json: Json = False
+) -> None:
     """What went into a key; or which ingredients differ between two."""
     from edgekd.api import store_why as why
 
@@ -367,14 +553,25 @@ def store_verify(json: Json = False) -> int:
 
 
 @store_app.command("gc")
-def store_gc(older_than: Annotated[float | None, typer.Option(help="Days since last use.")] = None, max_gb: Annotated[float | None, typer.Option(help="Size to shrink to, in 10^9 bytes.")] = None,
-             dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False, json: Json = False) -> None:  # fmt: skip
+def store_gc(
+    older_than: Annotated[float | None, typer.Option(help="Days since last use.")] = None,
+    max_gb: Annotated[float | None, typer.Option(help="Size to shrink to, in 10^9 bytes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    json: Json = False,
+) -> None:
     """Remove scratch of dead processes, and artifacts by age or size."""
     from edgekd.api import store_gc as collect
 
     found = collect(older_than, max_gb, dry_run)
     console = Console(json_mode=json)
-    console.json(found) if json else console.data(f"{'would remove' if dry_run else 'removed'} {len(found['removed'])}, {found['freed_bytes']:,} bytes; {found['kept']} artifacts stay{'; another run uses the store, so its artifacts were left' if found['busy'] else ''}")  # fmt: skip
+    if json:
+        console.json(found)
+        return
+    console.data(
+        f"{'would remove' if dry_run else 'removed'} {len(found['removed'])}, {found['freed_bytes']:,} bytes; {found['kept']} artifacts stay"
+    )
+    if found["busy"]:
+        console.say("another run uses the store, so its artifacts were left alone")
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering

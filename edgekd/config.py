@@ -20,5 +20,9 @@ def no_key(default: Any, description: str, **bounds: Any) -> Any:
 
 def key_fields(config: BaseModel) -> dict[str, Any]:
     """The JSON form of a config without its `no_key` fields."""
-    skip = {name for name, f in type(config).model_fields.items() if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("key") is False}
+    skip = {
+        name
+        for name, f in type(config).model_fields.items()
+        if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("key") is False
+    }
     return config.model_dump(mode="json", exclude=skip)

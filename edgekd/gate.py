@@ -50,7 +50,11 @@ def judge(e: Evidence) -> Verdict:
     said = f"{_latency_words(e)}, {_size_words(e)}, {_accuracy_words(e)}"
     if e.drop_ci[1] > e.allowed:
         certain = e.drop_ci[0] > e.allowed
-        why = f"it loses more than the {max(e.allowed, 0) * 100:.2f} points that are left" if certain else f"its loss may exceed the {max(e.allowed, 0) * 100:.2f} points that are left"
+        why = (
+            f"it loses more than the {max(e.allowed, 0) * 100:.2f} points that are left"
+            if certain
+            else f"its loss may exceed the {max(e.allowed, 0) * 100:.2f} points that are left"
+        )
         return Verdict("rolled back" if certain or e.drop > e.allowed else "neutral", f"{why}: {said}")
     faster, slower = _change(e.ratio_ci)
     size = e.after_bytes / e.before_bytes
@@ -108,7 +112,11 @@ def _latency_words(e: Evidence) -> str:
         return f"latency not judged ({e.untimed})"
     if e.ratio_ci[1] < 1:
         return f"{1 / e.ratio:.2f}x faster"
-    return f"{e.ratio:.2f}x the latency" if e.ratio_ci[0] > 1 + TOLERANCE else f"latency unchanged ({e.ratio:.2f}x, 95 % {e.ratio_ci[0]:.2f} to {e.ratio_ci[1]:.2f})"
+    return (
+        f"{e.ratio:.2f}x the latency"
+        if e.ratio_ci[0] > 1 + TOLERANCE
+        else f"latency unchanged ({e.ratio:.2f}x, 95 % {e.ratio_ci[0]:.2f} to {e.ratio_ci[1]:.2f})"
+    )
 
 
 def _size_words(e: Evidence) -> str:

@@ -27,7 +27,9 @@ def list_devices() -> list[dict[str, Any]]:
     from edgekd.profile.device import device_ids, load_device
 
     found = [load_device(i) for i in device_ids()]
-    return [{"id": d.id, "name": d.name, "kind": d.kind, "runtimes": [r.name for r in d.runtimes], "confidence": d.confidence} for d in found]
+    return [
+        {"id": d.id, "name": d.name, "kind": d.kind, "runtimes": [r.name for r in d.runtimes], "confidence": d.confidence} for d in found
+    ]
 
 
 def show_device(name: str) -> dict[str, Any]:
@@ -37,7 +39,10 @@ def show_device(name: str) -> dict[str, Any]:
 
     device = load_device(name)
     origin = {p.field: p for p in device.provenance}
-    rows = [{"field": f, "value": v, "origin": origin[f].kind if f in origin else "", "source": origin[f].source if f in origin else ""} for f, v in numbers(device)]
+    rows = [
+        {"field": f, "value": v, "origin": origin[f].kind if f in origin else "", "source": origin[f].source if f in origin else ""}
+        for f, v in numbers(device)
+    ]
     return {"profile": device.model_dump(mode="json"), "rows": rows}
 
 
@@ -63,7 +68,11 @@ def show_method(name: str) -> dict[str, Any]:
     fields = []
     for field, info in (config.model_fields if config else {}).items():
         default = "required" if info.is_required() else info.get_default(call_default_factory=True)
-        kind_name = getattr(info.annotation, "__name__", str(info.annotation)) if isinstance(info.annotation, type) else str(info.annotation).replace("typing.", "")
+        kind_name = (
+            getattr(info.annotation, "__name__", str(info.annotation))
+            if isinstance(info.annotation, type)
+            else str(info.annotation).replace("typing.", "")
+        )
         fields.append({"field": field, "type": kind_name, "default": str(default), "description": info.description or ""})
     return {"name": name, "kind": kind, "about": _doc(kind, name), "fields": fields}
 
@@ -74,7 +83,16 @@ def store_rows() -> list[dict[str, Any]]:
     from edgekd.store import Store
 
     rows = sorted(Store().entries(), key=lambda e: -e[3])
-    return [{"key": m.key[:16], "kind": str(m.kind), "step": m.meta.get("step", m.recipe.get("step", "")), "bytes": b, "used": time.strftime("%Y-%m-%d %H:%M", time.localtime(t))} for m, _, b, t in rows]
+    return [
+        {
+            "key": m.key[:16],
+            "kind": str(m.kind),
+            "step": m.meta.get("step", m.recipe.get("step", "")),
+            "bytes": b,
+            "used": time.strftime("%Y-%m-%d %H:%M", time.localtime(t)),
+        }
+        for m, _, b, t in rows
+    ]
 
 
 def store_why(key: str, other: str | None = None) -> list[dict[str, Any]]:

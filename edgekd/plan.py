@@ -141,7 +141,9 @@ def build_plan(loaded: Loaded, *, gate: bool = True, cache_dir: Path | None = No
     return _Planner(loaded, gate, cache_dir).build()
 
 
-def state_of(plan: Plan, peek: Callable[[str], Manifest | None], replay: Mapping[str, Any], read: Callable[[str], Artifact | None]) -> Iterator[tuple[Step, str]]:
+def state_of(
+    plan: Plan, peek: Callable[[str], Manifest | None], replay: Mapping[str, Any], read: Callable[[str], Artifact | None]
+) -> Iterator[tuple[Step, str]]:
     """(step, cached | run | depends on gate | skipped): `read` is asked for decisions only."""
     digests: dict[str, str | None] = {}
     decisions: dict[str, Any] = {}
@@ -199,8 +201,18 @@ class _Planner:
         return self.plan
 
     # ------------------------------------------------------------------------------------------------ helpers
-    def _add(self, name: str, stage: str, config: Config | None, inputs: Mapping[str, Ref], *, settings: Settings | None = None,
-             facts: dict[str, Any] | None = None, unless: tuple[str, Ref] | None = None, user: bool = False) -> str:  # fmt: skip
+    def _add(
+        self,
+        name: str,
+        stage: str,
+        config: Config | None,
+        inputs: Mapping[str, Ref],
+        *,
+        settings: Settings | None = None,
+        facts: dict[str, Any] | None = None,
+        unless: tuple[str, Ref] | None = None,
+        user: bool = False,
+    ) -> str:
         base = settings or Settings(name, config or registry.load("stage", stage).Config())
         full = Settings(base.name, base.config, base.method, base.method_config, {**base.facts, **(facts or {})})
         return self.plan.add(Step(name, stage, full, inputs, unless, user))
@@ -231,7 +243,10 @@ class _Planner:
         if recipe.teacher is not None:
             name = "teacher.init" if recipe.teacher.train is not None else "teacher"
             inputs["teacher?"] = self._add(name, "init", _as_model(recipe.teacher), {"data": "data"}, facts=_model_facts(recipe.teacher))
-        probes = [{"stage": k, "name": s.name, "method": s.method, "config": s.method_config.model_dump(mode="json") if s.method_config else {}} for k, s in self.loaded.stages]
+        probes = [
+            {"stage": k, "name": s.name, "method": s.method, "config": s.method_config.model_dump(mode="json") if s.method_config else {}}
+            for k, s in self.loaded.stages
+        ]
         places = [{"device": t.name, "backend": t.backend, "threads": t.config.threads} for t in self.plan.targets if t.runs_here]
         self._add("preflight", "preflight", self._config("preflight", probes=probes, places=places), inputs, facts=_here(), user=True)
         if recipe.teacher is not None:
@@ -244,7 +259,9 @@ class _Planner:
             self._learn("teacher", "train", Settings("teacher", teacher.train), "teacher.init")
         self._measured("teacher", self._export("teacher", "teacher"))
 
-    def _learn(self, name: str, stage: str, settings: Settings, model: Ref, *, unless: tuple[str, Ref] | None = None, user: bool = True) -> str:
+    def _learn(
+        self, name: str, stage: str, settings: Settings, model: Ref, *, unless: tuple[str, Ref] | None = None, user: bool = True
+    ) -> str:
         inputs: dict[str, Ref] = {"model": model, "data": "data"}
         if stage == "distill":
             inputs["teacher"] = "teacher"
@@ -268,7 +285,14 @@ class _Planner:
         inputs: dict[str, Ref] = {"engine": self.plan.engines[name], "data": "data"}
         if name != "teacher" and "teacher" in self.plan.metrics:
             inputs["teacher?"] = self.plan.metrics["teacher"]
-        self.plan.metrics[name] = self._add(f"{name}.val", "evaluate", self._config("evaluate", split="val"), inputs, facts={"task": self.recipe.task} | _here(), unless=metrics_unless)
+        self.plan.metrics[name] = self._add(
+            f"{name}.val",
+            "evaluate",
+            self._config("evaluate", split="val"),
+            inputs,
+            facts={"task": self.recipe.task} | _here(),
+            unless=metrics_unless,
+        )
 
     def _before_of(self, ref: Ref, table: Mapping[str, str]) -> Ref:
         """The engine or metrics that belong to a graph reference."""
@@ -278,13 +302,16 @@ class _Planner:
         return table[owner]
 
     def _compile(self, name: str, graph: Ref, target: Target, unless: tuple[str, Ref] | None = None) -> str:
-        config = self._config("compile", device=target.name, backend=target.backend, threads=target.config.threads, batch=target.config.batch)
+        config = self._config(
+            "compile", device=target.name, backend=target.backend, threads=target.config.threads, batch=target.config.batch
+        )
         return self._add(name, "compile", config, {"graph": graph}, facts={"runtime": _backend(target.backend).version()}, unless=unless)
 
     # ------------------------------------------------------------------------------------------------ the chain
     def _model_stages(self, start: Ref) -> tuple[Ref, Ref]:
         """The listed model stages with their gates; returns the chosen model and graph."""
-        model, graph = start, ""
+        model: Ref = start
+        graph: Ref = ""
         stages = [s for s in self.loaded.stages if s[0] != "quantize"]
         position = 0
         if not stages or _compresses(stages[0][0]):
@@ -308,11 +335,33 @@ class _Planner:
     def _segment(self, stages: list[tuple[str, Settings]], model: Ref, graph: Ref) -> tuple[Ref, Ref]:
         (_, settings), name = stages[0], stages[0][1].name
         judge = self.judge
-        widths_config = self._config("widths", device=judge.name, backend=judge.backend, threads=judge.config.threads, batch=judge.config.batch, gate=self.gate)
-        widths = self._add(f"{name}.widths", "widths", widths_config, {"model": model, "data": "data"}, settings=Settings(f"{name}.widths", settings.config, settings.method, settings.method_config,
-                           {"task": self.recipe.task, "judge": widths_config.model_dump(mode="json")} | _here()))  # fmt: skip
+        widths_config = self._config(
+            "widths", device=judge.name, backend=judge.backend, threads=judge.config.threads, batch=judge.config.batch, gate=self.gate
+        )
+        widths = self._add(
+            f"{name}.widths",
+            "widths",
+            widths_config,
+            {"model": model, "data": "data"},
+            settings=Settings(
+                f"{name}.widths",
+                settings.config,
+                settings.method,
+                settings.method_config,
+                {"task": self.recipe.task, "judge": widths_config.model_dump(mode="json")} | _here(),
+            ),
+        )
         skip_model, skip_graph = (widths, model), (widths, graph)
-        after: Ref = self._add(name, "prune", None, {"model": model, "data": "data", "widths": widths}, settings=settings, facts={"task": self.recipe.task}, unless=skip_model, user=True)
+        after: Ref = self._add(
+            name,
+            "prune",
+            None,
+            {"model": model, "data": "data", "widths": widths},
+            settings=settings,
+            facts={"task": self.recipe.task},
+            unless=skip_model,
+            user=True,
+        )
         after_graph: Ref = self._export(name, after, unless=skip_graph)
         self._measured(name, after_graph, unless=skip_graph)
         for kind, recover in stages[1:]:
@@ -326,8 +375,17 @@ class _Planner:
     def _gate(self, name: str, before: Ref, after: Ref, *, note: str | None = None, target: Target | None = None) -> str:
         judge, budget = self.judge, (target or self.plan.targets[0]).config.budget
         timed = self.plan.targets[0].runs_here and (target is None or target.runs_here)
-        config = self._config("gate", device=judge.name, backend=judge.backend, threads=judge.config.threads, batch=judge.config.batch, enabled=self.gate, timed=timed,
-                              accuracy_drop_max=self.recipe.accept.accuracy_drop_max, budget=budget.model_dump(mode="json"))  # fmt: skip
+        config = self._config(
+            "gate",
+            device=judge.name,
+            backend=judge.backend,
+            threads=judge.config.threads,
+            batch=judge.config.batch,
+            enabled=self.gate,
+            timed=timed,
+            accuracy_drop_max=self.recipe.accept.accuracy_drop_max,
+            budget=budget.model_dump(mode="json"),
+        )
         reference = self.plan.metrics.get("teacher") or next(iter(self.plan.metrics.values()))
         inputs: dict[str, Ref] = {
             "before": self._before_of(before, self.plan.engines),
@@ -349,7 +407,15 @@ class _Planner:
                 continue
             first = target is self.plan.targets[0]
             name = settings.name if first else f"{settings.name}@{target.name}"
-            step = self._add(name, "quantize", None, {"graph": current, "data": "data"}, settings=settings, facts={"flavour": target.device.flavour}, user=True)
+            step = self._add(
+                name,
+                "quantize",
+                None,
+                {"graph": current, "data": "data"},
+                settings=settings,
+                facts={"flavour": target.device.flavour},
+                user=True,
+            )
             self.plan.graphs[name] = step
             self._measured(name, step)
             gate = self._gate(name, current, step, target=target)
@@ -382,15 +448,32 @@ class _Planner:
             teacher_test = self._teacher_test()
             if teacher_test:
                 test_inputs["teacher?"] = teacher_test
-            test = self._add(f"{target.name}.test", "evaluate", self._config("evaluate", split="test"), test_inputs, facts={"task": self.recipe.task} | _here())
+            test = self._add(
+                f"{target.name}.test",
+                "evaluate",
+                self._config("evaluate", split="test"),
+                test_inputs,
+                facts={"task": self.recipe.task} | _here(),
+            )
             profile_inputs: dict[str, Ref] = {"shipped": run_engine}
             if target is self.plan.targets[0]:
                 profile_inputs |= {f"*{name}": engine_ for name, engine_ in self.plan.engines.items()}
-            config = self._config("profile", device=runner.name, backend=runner.backend, threads=runner.config.threads, batch=runner.config.batch)
+            config = self._config(
+                "profile", device=runner.name, backend=runner.backend, threads=runner.config.threads, batch=runner.config.batch
+            )
             self._add(f"{target.name}.profile", "profile", config, profile_inputs, facts=_here(), user=True)
             parity = self._parity(target, graph)
-            bundle_config = self._config("bundle", target=target.name, backend=target.backend, device=target.name, measured=target.runs_here,
-                                         recipe=self.loaded.name, threads=target.config.threads, budget=target.config.budget, provenance=self._provenance())
+            bundle_config = self._config(
+                "bundle",
+                target=target.name,
+                backend=target.backend,
+                device=target.name,
+                measured=target.runs_here,
+                recipe=self.loaded.name,
+                threads=target.config.threads,
+                budget=target.config.budget,
+                provenance=self._provenance(),
+            )
             inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "test": test, "parity": parity}
             self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts={"task": self.recipe.task}, user=True)
 
@@ -411,7 +494,9 @@ class _Planner:
 
     def _fp32_of(self, ref: Ref) -> Ref:
         """The same choice without graph-level stages."""
-        quantized = {n for k, s in self.loaded.stages if k == "quantize" for n in (s.name, *(f"{s.name}@{t.name}" for t in self.plan.targets))}
+        quantized = {
+            n for k, s in self.loaded.stages if k == "quantize" for n in (s.name, *(f"{s.name}@{t.name}" for t in self.plan.targets))
+        }
         while isinstance(ref, Choice) and ref.decision.removesuffix(".gate") in quantized:
             ref = ref.before
         return ref
@@ -427,7 +512,9 @@ class _Planner:
             return None
         if not any(s.name == "teacher.test" for s in self.plan.steps):
             inputs: dict[str, Ref] = {"engine": self.plan.engines["teacher"], "data": "data"}
-            self._add("teacher.test", "evaluate", self._config("evaluate", split="test"), inputs, facts={"task": self.recipe.task} | _here())
+            self._add(
+                "teacher.test", "evaluate", self._config("evaluate", split="test"), inputs, facts={"task": self.recipe.task} | _here()
+            )
         return "teacher.test"
 
 
@@ -451,7 +538,11 @@ def _file_facts(path: Path | None) -> dict[str, Any]:
     from edgekd.safeio.files import sha256_file
 
     if path is None or not path.is_file():
-        raise FileMissing(f"there is no file '{path}'", expected="a file with weights, or an ONNX model", hint="import a checkpoint: edgekd import CHECKPOINT --arch NAME")
+        raise FileMissing(
+            f"there is no file '{path}'",
+            expected="a file with weights, or an ONNX model",
+            hint="import a checkpoint: edgekd import CHECKPOINT --arch NAME",
+        )
     return {"file": sha256_file(path)}
 
 
@@ -477,7 +568,11 @@ def _target(name: str, config: TargetConfig) -> Target:
         offered = [r.name for r in device.runtimes]
         backend = next((n for n in offered if n in registry.names("backend")), "")
         if not backend:
-            raise BackendError(f"edgekd has no backend for '{name}': the device runs {', '.join(offered) or 'nothing known'}", where=name, hint=f"predict still works: edgekd predict MODEL.onnx --device {name}")
+            raise BackendError(
+                f"edgekd has no backend for '{name}': the device runs {', '.join(offered) or 'nothing known'}",
+                where=name,
+                hint=f"predict still works: edgekd predict MODEL.onnx --device {name}",
+            )
     return Target(name, config, device, backend, _backend(backend).runs_on(device))
 
 

@@ -103,13 +103,15 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = shipped_dir("recipes") / f"{name.removesuffix('.yaml')}.yaml"
-    if shipped.is_file() and not path.suffix:
-        return shipped
+    ours = shipped_dir("recipes") / f"{name.removesuffix('.yaml')}.yaml"
+    if ours.is_file() and not path.suffix:
+        return ours
     bare = name.removeprefix("recipes/").removesuffix(".yaml")
     if name.startswith("recipes/") and (shipped_dir("recipes") / f"{bare}.yaml").is_file():
         return shipped_dir("recipes") / f"{bare}.yaml"  # the documented path, from a folder without a checkout
-    raise UsageError(f"there is no recipe '{name}'{suggest(bare, shipped())}", where=name, hint="list the shipped ones: edgekd recipes list")
+    raise UsageError(
+        f"there is no recipe '{name}'{suggest(bare, shipped())}", where=name, hint="list the shipped ones: edgekd recipes list"
+    )
 
 
 def shipped() -> list[str]:
@@ -187,7 +189,7 @@ class _Tree:
 
     def _locate(self, names: list[str], where: str) -> Path_:
         """The path of a dotted name: a section, or the settings of the stage of that name."""
-        stages = {n: p for n, p in _stage_paths(self.value)}
+        stages = dict(_stage_paths(self.value))
         if names[0] in stages and len(names) > 1:
             path = stages[names[0]]
             holder = self.value["stages"][path[1]]
@@ -353,7 +355,14 @@ def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str
 
 
 def _model(
-    cls: type[BaseModel], value: Any, marks: Mapping[Path_, str], at: Path_, problems: list[str], *, label: str = "", extra_names: set[str] | None = None
+    cls: type[BaseModel],
+    value: Any,
+    marks: Mapping[Path_, str],
+    at: Path_,
+    problems: list[str],
+    *,
+    label: str = "",
+    extra_names: set[str] | None = None,
 ) -> Any:
     """The validated model, or None with its problems added, each at the place where the value was written."""
     try:
@@ -387,7 +396,7 @@ def _fields_at(cls: type[BaseModel], loc: Path_) -> set[str]:
     """Field names of the model nested at `loc`."""
     current: Any = cls
     for part in loc:
-        info = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
+        info = current.model_fields.get(str(part)) if isinstance(current, type) and issubclass(current, BaseModel) else None
         options = _models_in(info.annotation) if info else ([current] if isinstance(current, type) else [])
         current = options[0] if options else current
     return set(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else set()
@@ -431,7 +440,10 @@ def _cross_checks(recipe: Recipe, stages: list[tuple[str, Settings]], marks: Map
     for kind, settings in stages:
         seen = seen or kind == "quantize"
         if seen and kind != "quantize":
-            bad(positions[settings.name], f"stage '{settings.name}' works on a model and cannot follow a quantize stage that works on the exported graph")
+            bad(
+                positions[settings.name],
+                f"stage '{settings.name}' works on a model and cannot follow a quantize stage that works on the exported graph",
+            )
 
 
 def _paths_of(stages: list[tuple[str, Settings]]) -> list[tuple[str, Path_]]:
@@ -477,7 +489,9 @@ def resolved(loaded: Loaded) -> list[dict[str, Any]]:
             for key, item in value.items():
                 walk(f"{path}.{key}" if path else str(key), item)
             return
-        source = next((loaded.sources[p] for p in _prefixes(path) if p in loaded.sources and p.count(".") >= path.count(".") - 1), "default")
+        source = next(
+            (loaded.sources[p] for p in _prefixes(path) if p in loaded.sources and p.count(".") >= path.count(".") - 1), "default"
+        )
         rows.append({"path": path, "value": value, "source": loaded.sources.get(path, source if isinstance(value, list) else "default")})
 
     walk("", loaded.recipe.model_dump(mode="json"))

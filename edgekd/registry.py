@@ -38,7 +38,9 @@ def register(kind: str, name: str | None = None) -> Callable[[_T], _T]:
         builtin = cls.__module__.startswith("edgekd.")
         own = cls.__module__.rpartition(".")[2] if builtin else (name or cls.__name__.lower())
         if not builtin and (own in _folder(kind) or (kind, own) in _user):
-            raise UsageError(f"{kind} '{own}' exists already", where=cls.__module__, hint="give yours another name: @edgekd.register(kind, 'name')")
+            raise UsageError(
+                f"{kind} '{own}' exists already", where=cls.__module__, hint="give yours another name: @edgekd.register(kind, 'name')"
+            )
         (_builtin if builtin else _user)[kind, own] = cls
         return cls
 

@@ -11,10 +11,26 @@ from edgekd.recipe import Loaded, from_values
 from edgekd.safeio import yaml
 
 
-def single_recipe(kind: str | None, body: Mapping[str, Any], model: Path, *, data: Path, arch: str | None, args: Sequence[str], image_size: int,
-                  accuracy_drop_max: float, overrides: Sequence[str] = (), devices: Sequence[str] = ()) -> Loaded:  # fmt: skip
+def single_recipe(
+    kind: str | None,
+    body: Mapping[str, Any],
+    model: Path,
+    *,
+    data: Path,
+    arch: str | None,
+    args: Sequence[str],
+    image_size: int,
+    accuracy_drop_max: float,
+    overrides: Sequence[str] = (),
+    devices: Sequence[str] = (),
+) -> Loaded:
     """The recipe that a single-stage command stands for; raises as a recipe file does."""
-    value: dict[str, Any] = {"version": 1, "data": _data(data, image_size), "model": _model(kind, model, arch, args), "accept": {"accuracy_drop_max": accuracy_drop_max}}
+    value: dict[str, Any] = {
+        "version": 1,
+        "data": _data(data, image_size),
+        "model": _model(kind, model, arch, args),
+        "accept": {"accuracy_drop_max": accuracy_drop_max},
+    }
     value["stages"] = _stages(kind, dict(body))
     value["targets"] = {d: {} for d in devices or ("host",)}
     name = kind or "export"
@@ -46,7 +62,9 @@ def _model(kind: str | None, model: Path, arch: str | None, args: Sequence[str])
     if model.suffix == ".onnx":
         return {"onnx": str(model.resolve())}
     if arch is None:
-        raise UsageError("weights need the architecture they are for", where=str(model), hint="--arch NAME; edgekd methods list architectures")
+        raise UsageError(
+            "weights need the architecture they are for", where=str(model), hint="--arch NAME; edgekd methods list architectures"
+        )
     return {"arch": arch, "args": parse_args(args), "weights": str(model.resolve())}
 
 

@@ -17,11 +17,18 @@ from edgekd.stages._stage import read_decision
 _BUDGET_EXIT = "the budget or the accepted accuracy was missed"
 
 
-def summarise(plan: Plan, done: Done, folder: Path, *, command: list[str], seconds: float, warnings: list[str], environment: dict[str, Any]) -> dict[str, Any]:
+def summarise(
+    plan: Plan, done: Done, folder: Path, *, command: list[str], seconds: float, warnings: list[str], environment: dict[str, Any]
+) -> dict[str, Any]:
     """The object of run.json. Paths in it are as given: relative to where the command ran."""
     return _Summary(plan, done, folder).body() | {
-        "run": str(folder), "report": str(folder / "report.html"), "command": command, "seconds": round(seconds, 1), "warnings": warnings, "environment": environment,
-    }  # fmt: skip
+        "run": str(folder),
+        "report": str(folder / "report.html"),
+        "command": command,
+        "seconds": round(seconds, 1),
+        "warnings": warnings,
+        "environment": environment,
+    }
 
 
 class _Summary:
@@ -49,7 +56,10 @@ class _Summary:
             "curves": self._curves(),
             "latency_samples": {n: r["samples"] for n, r in self.trace["latency"].items() if n in ("teacher", "shipped")},
             "confusion": self._confusion(),
-            "operators": [{"name": o["name"], "op_type": o["op_type"], "share": o["share"], "mean_us": o["total_us"], "calls": o["calls"]} for o in self.trace["operators"]],
+            "operators": [
+                {"name": o["name"], "op_type": o["op_type"], "share": o["share"], "mean_us": o["total_us"], "calls": o["calls"]}
+                for o in self.trace["operators"]
+            ],
             "parity": self._parity(),
             "footprint": self.trace["footprint"],
         }
@@ -68,7 +78,14 @@ class _Summary:
             return None
         test = self.done.artifacts["teacher.test"].json("metrics.json")
         arch = self.recipe.teacher.arch if self.recipe.teacher else None
-        return {"name": "teacher", "arch": arch, **_metric(test), "metrics": test["metrics"], "latency_ms": self._latency("teacher"), "size_bytes": self._engine_bytes("teacher")}
+        return {
+            "name": "teacher",
+            "arch": arch,
+            **_metric(test),
+            "metrics": test["metrics"],
+            "latency_ms": self._latency("teacher"),
+            "size_bytes": self._engine_bytes("teacher"),
+        }
 
     def _stages(self) -> list[dict[str, Any]]:
         """What a person asked for, in order: the teacher, the listed stages, and the chain's end."""
@@ -80,25 +97,50 @@ class _Summary:
                 rows.append(self._stage_row(step.name, step.stage, step.settings.method, name))
         shipped = self._last_export()
         rows.append(self._plain_row("export", "export", self._steps_of("export"), shipped))
-        for kind in ("compile", "profile", "bundle"):
-            rows.append(self._plain_row(kind, kind, [s.name for s in self.plan.steps if s.stage == kind], None))
-        return rows
+        return rows + [self._plain_row(kind, kind, self._steps_of(kind), None) for kind in ("compile", "profile", "bundle")]
 
     def _stage_row(self, step: str, kind: str, method: str | None, name: str) -> dict[str, Any]:
         artifact = self.done.artifacts[step]
         verdict = self._verdict(step)
         skipped = step in self.done.skipped
-        row = {"name": name, "kind": kind, "method": method, "key": artifact.key, "cached": step not in self.done.seconds, "seconds": self._seconds(step)}
+        row = {
+            "name": name,
+            "kind": kind,
+            "method": method,
+            "key": artifact.key,
+            "cached": step not in self.done.seconds,
+            "seconds": self._seconds(step),
+        }
         return row | self._measured_row(name, step) | verdict | ({"skipped": True} if skipped else {})
 
     def _plain_row(self, name: str, kind: str, steps: list[str], artifact: Artifact | None) -> dict[str, Any]:
         seconds = round(sum(self.done.seconds.get(s, 0.0) for s in steps), 3)
-        row: dict[str, Any] = {"name": name, "kind": kind, "method": None, "key": artifact.key if artifact else None, "cached": not any(s in self.done.seconds for s in steps)}
-        return row | {"seconds": seconds, "metric": None, "metric_name": None, "size_bytes": None, "latency_ms": None, "verdict": None, "reason": None}
+        row: dict[str, Any] = {
+            "name": name,
+            "kind": kind,
+            "method": None,
+            "key": artifact.key if artifact else None,
+            "cached": not any(s in self.done.seconds for s in steps),
+        }
+        return row | {
+            "seconds": seconds,
+            "metric": None,
+            "metric_name": None,
+            "size_bytes": None,
+            "latency_ms": None,
+            "verdict": None,
+            "reason": None,
+        }
 
     def _measured_row(self, name: str, step: str) -> dict[str, Any]:
         body = self.done.artifacts[self.plan.metrics[step]].json("metrics.json")
-        return {"name": name, **_metric(body), "metrics": body["metrics"], "size_bytes": self._engine_bytes(step), "latency_ms": self._latency(step)}
+        return {
+            "name": name,
+            **_metric(body),
+            "metrics": body["metrics"],
+            "size_bytes": self._engine_bytes(step),
+            "latency_ms": self._latency(step),
+        }
 
     def _verdict(self, step: str) -> dict[str, Any]:
         for segment in self.plan.segments:
@@ -111,7 +153,7 @@ class _Summary:
 
     def _seconds(self, step: str) -> float:
         """This run's time, or the time it took when it was built."""
-        return round(self.done.seconds.get(step, self.done.artifacts[step].meta.get("seconds", 0.0)), 3)
+        return round(float(self.done.seconds.get(step, self.done.artifacts[step].meta.get("seconds", 0.0))), 3)
 
     def _steps_of(self, stage: str) -> list[str]:
         return [s.name for s in self.plan.steps if s.stage == stage]
@@ -130,17 +172,38 @@ class _Summary:
         size = int(bundle.meta["size_bytes"])
         missed, reason = self._budget(target, latency, size)
         row: dict[str, Any] = {
-            "device": name, "backend": target.backend, "precision": graph.json("graph.json")["precision"], "measured": measured, "latency_ms": latency, **_metric(test), "metrics": test["metrics"],
-            "size_bytes": size, "model_file": bundle.meta["model_file"], "budget": {k: v for k, v in target.config.budget.model_dump().items() if v is not None},
-            "budget_met": None if missed is None else not missed, "reason": reason, "bundle": str(self.folder / name), "threads": target.config.threads, "batch": target.config.batch,
-        }  # fmt: skip
+            "device": name,
+            "backend": target.backend,
+            "precision": graph.json("graph.json")["precision"],
+            "measured": measured,
+            "latency_ms": latency,
+            **_metric(test),
+            "metrics": test["metrics"],
+            "size_bytes": size,
+            "model_file": bundle.meta["model_file"],
+            "budget": {k: v for k, v in target.config.budget.model_dump().items() if v is not None},
+            "budget_met": None if missed is None else not missed,
+            "reason": reason,
+            "bundle": str(self.folder / name),
+            "threads": target.config.threads,
+            "batch": target.config.batch,
+        }
         if not measured:
-            row |= {"budget_met": None, "predicted_ms": _predicted(bundle, target), "reason": f"{name} is not this machine: latency was not measured, accuracy and size were judged here on onnxruntime"}
+            row |= {
+                "budget_met": None,
+                "predicted_ms": _predicted(bundle, target),
+                "reason": f"{name} is not this machine: latency was not measured, accuracy and size were judged here on onnxruntime",
+            }
         return row
 
     def _budget(self, target: Target, latency: dict[str, Any] | None, size: int) -> tuple[bool | None, str]:
         missed, reason = target.config.budget.missed(latency, size)
-        if missed is False and latency and latency["series"] not in ("stable", "spiky") and {"p50_ms", "p95_ms"} & {k for k, v in target.config.budget.model_dump().items() if v}:
+        if (
+            missed is False
+            and latency
+            and latency["series"] not in ("stable", "spiky")
+            and {"p50_ms", "p95_ms"} & {k for k, v in target.config.budget.model_dump().items() if v}
+        ):
             return None, f"the latency series is {latency['series']}: measure again on a quiet machine"
         return missed, reason
 
@@ -152,7 +215,14 @@ class _Summary:
         mine = self.done.artifacts[f"{name}.test"]
         reference = self.done.artifacts.get("teacher.test")
         if reference is None:
-            return {"accuracy_drop_max": limit, "drop": None, "interval": None, "met": None, "reference": None, "reason": "there is no teacher to compare with on test; gates compared on val"}
+            return {
+                "accuracy_drop_max": limit,
+                "drop": None,
+                "interval": None,
+                "met": None,
+                "reference": None,
+                "reason": "there is no teacher to compare with on test; gates compared on val",
+            }
         task = registry.load("task", self.recipe.task)()
         labels = np.load(mine.path / "labels.npy")
         drop, interval = paired_drop(*(task.scores(np.load(a.path / "outputs.npy"), labels).tolist() for a in (reference, mine)))

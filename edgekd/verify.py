@@ -13,7 +13,13 @@ from edgekd.errors import ParityBroken
 def verify_bundle(folder: Path) -> dict[str, Any]:
     """What was checked; raises BundleRefused for changed bytes and ParityBroken where this machine's answers differ."""
     manifest = verify_files(folder)
-    return {"bundle": str(folder), "files": len(manifest["files"]), "recipe": manifest["recipe"], "target": manifest["target"], "samples": _check_samples(folder)}
+    return {
+        "bundle": str(folder),
+        "files": len(manifest["files"]),
+        "recipe": manifest["recipe"],
+        "target": manifest["target"],
+        "samples": _check_samples(folder),
+    }
 
 
 def _check_samples(folder: Path) -> str:
@@ -32,7 +38,11 @@ def _check_samples(folder: Path) -> str:
     found = _run(folder / facts["model_file"], facts, normalised(pixels, facts["preprocess"]))
     alike, gap = float((found.argmax(1) == wanted.argmax(1)).mean()), float(np.abs(found - wanted).max())
     if alike < 1 and gap > facts["tolerance"]:
-        raise ParityBroken(f"on this machine {1 - alike:.0%} of the samples get another label, outputs differ by up to {gap:.3g}", where=str(folder), expected=f"at most {facts['tolerance']:g}")
+        raise ParityBroken(
+            f"on this machine {1 - alike:.0%} of the samples get another label, outputs differ by up to {gap:.3g}",
+            where=str(folder),
+            expected=f"at most {facts['tolerance']:g}",
+        )
     return f"{len(found)} sample images give the stored labels, outputs within {gap:.2g}"
 
 

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from edgekd.config import Config, no_key
 
 Fraction = Annotated[float, Field(ge=0.05, le=0.5)]
-Channels = tuple[float, float, float]
 
 
 class SplitConfig(Config):
@@ -43,18 +42,8 @@ class DataConfig(Config):
         "fail"
     )
     max_bad: Annotated[float, Field(ge=0, le=0.5, description="largest fraction of images that skip may leave out")] = 0.001
-    mean: Annotated[Channels | None, Field(description="replaces the model's own mean of the channels (of pixels in 0..1)")] = None
-    std: Annotated[Channels | None, Field(description="replaces the model's own standard deviation of the channels")] = None
     cache: Literal["auto", "on", "off"] = no_key("auto", "keep decoded pixels on disk; auto does where they fit in 4 GiB")
     workers: int = no_key(2, "threads that read and decode", ge=0, le=64)
-
-    @model_validator(mode="after")
-    def _normalises(self) -> DataConfig:
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std replace the model's normalisation together; give both or neither")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError("std must be above 0 for every channel")
-        return self
 
 
 class AugmentConfig(Config):

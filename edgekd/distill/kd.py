@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from edgekd.train.distiller import Batch, DistillConfig, Side
 from edgekd.registry import register
+from edgekd.train.distiller import Batch, DistillConfig, Side
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from edgekd.train.distiller import Batch, DistillConfig, Side
 from edgekd.registry import register
+from edgekd.train.distiller import Batch, DistillConfig, Side
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,7 +63,9 @@ class OFA:
         from torch.nn import functional as F
 
         cfg, teacher = self.config, batch.teacher.logits
-        hard = batch.target if batch.target.ndim == 1 else batch.target.argmax(1)  # mixed labels count as their larger part, as in the source
+        hard = (
+            batch.target if batch.target.ndim == 1 else batch.target.argmax(1)
+        )  # mixed labels count as their larger part, as in the source
         mask = F.one_hot(hard, teacher.shape[1]).to(teacher.dtype)
         own = ofa_loss(batch.student.logits, teacher, mask, cfg.gamma, cfg.temperature)
         terms = {"logits": cfg.logit_weight * own}

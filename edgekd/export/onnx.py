@@ -34,7 +34,11 @@ def export_onnx(model: nn.Module, image_size: int, path: Path) -> dict[str, Any]
         try:
             program, dynamic = _export(model, images[:1], dynamic=False), False
         except Exception as again:
-            raise BackendError(f"the model does not export to ONNX: {_reason(again)}", where=type(model).__name__, hint="edgekd doctor; another architecture") from first
+            raise BackendError(
+                f"the model does not export to ONNX: {_reason(again)}",
+                where=type(model).__name__,
+                hint="edgekd doctor; another architecture",
+            ) from first
     proto = _clean(program.model_proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     check_onnx(path, trusted=True)
@@ -46,14 +50,31 @@ def _export(model: nn.Module, images: torch.Tensor, *, dynamic: bool) -> Any:
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if dynamic else None
     with _quiet():
         return torch.onnx.export(
-            model, (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], opset_version=OPSET, dynamic_shapes=shapes,
-            external_data=False, verbose=False, optimize=True,
-        )  # fmt: skip
+            model,
+            (images,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            external_data=False,
+            verbose=False,
+            optimize=True,
+        )
 
 
 def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Without metadata, doc strings and names of where it was made."""
-    for holder in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer, *proto.graph.value_info, *proto.functions):
+    for holder in (
+        proto,
+        proto.graph,
+        *proto.graph.node,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+        *proto.graph.value_info,
+        *proto.functions,
+    ):
         for name in ("metadata_props", "doc_string"):
             if any(f.name == name for f in holder.DESCRIPTOR.fields):
                 holder.ClearField(name)

@@ -38,7 +38,9 @@ def architecture_defaults(arch: str) -> dict[str, Any]:
     import timm
 
     if not timm.is_model(arch):
-        raise UnknownName(f"unknown architecture '{arch}'{suggest(arch, timm.list_models())}", hint="your own: --code FILE with @register_model")
+        raise UnknownName(
+            f"unknown architecture '{arch}'{suggest(arch, timm.list_models())}", hint="your own: --code FILE with @register_model"
+        )
     cfg = timm.get_pretrained_cfg(arch)
     return cfg.to_dict() if cfg else {}
 
@@ -48,7 +50,9 @@ def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
     import timm
 
     if spec.timm != version("timm") and spec.structure:
-        raise CheckpointRefused(f"the pruned {spec.arch} was made with timm {spec.timm}, this is {version('timm')}", hint=f"pip install timm=={spec.timm}")
+        raise CheckpointRefused(
+            f"the pruned {spec.arch} was made with timm {spec.timm}, this is {version('timm')}", hint=f"pip install timm=={spec.timm}"
+        )
     architecture_defaults(spec.arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -12,8 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def import_weights(path: Path, arch: str, args: Mapping[str, Any], *, num_classes: int | None, image_size: int | None,
-                   mean: Sequence[float] | None, std: Sequence[float] | None, out: Path | None) -> dict[str, Any]:  # fmt: skip
+def import_weights(
+    path: Path,
+    arch: str,
+    args: Mapping[str, Any],
+    *,
+    num_classes: int | None,
+    image_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    out: Path | None,
+) -> dict[str, Any]:
     """Writes `out` (default: beside the checkpoint) and returns what was found; raises CheckpointRefused, FileMissing, UsageError."""
     from edgekd.models.build import architecture_defaults, build, make_spec
     from edgekd.models.spec import ModelConfig
@@ -30,7 +39,15 @@ def import_weights(path: Path, arch: str, args: Mapping[str, Any], *, num_classe
     model = build(spec)
     fit_state_dict(state, {n: t.shape for n, t in model.state_dict().items()}, str(path))
     _write(state, spec.model_dump_json(), target)
-    return {"out": str(target), "arch": arch, "tensors": len(state), "parameters": sum(t.numel() for t in state.values()), "num_classes": spec.num_classes, "mean": spec.mean, "std": spec.std}
+    return {
+        "out": str(target),
+        "arch": arch,
+        "tensors": len(state),
+        "parameters": sum(t.numel() for t in state.values()),
+        "num_classes": spec.num_classes,
+        "mean": spec.mean,
+        "std": spec.std,
+    }
 
 
 def _classes(state: Mapping[str, Tensor], path: Path) -> int:

@@ -22,9 +22,13 @@ Opener = Callable[[str], IO[bytes]]
 def published_weights(config: ModelConfig, ctx: Context, *, opener: Opener | None = None) -> Path:
     """The local file of an architecture's published weights, downloaded once; raises UsageError without --allow-download or a hash."""
     if not ctx.allow_download:
-        raise UsageError(f"'{config.arch}' asks for published weights, which are downloaded", where="model.pretrained", hint="allow it: --allow-download")
+        raise UsageError(
+            f"'{config.arch}' asks for published weights, which are downloaded", where="model.pretrained", hint="allow it: --allow-download"
+        )
     if config.sha256 is None:
-        raise UsageError("published weights need the hash of the file", where="model.sha256", expected="the SHA-256 of the weights file, 64 hex digits")
+        raise UsageError(
+            "published weights need the hash of the file", where="model.sha256", expected="the SHA-256 of the weights file, 64 hex digits"
+        )
     path = ctx.store.root / "downloads" / f"{config.sha256}.safetensors"
     if not path.is_file():
         _download(_address(str(config.arch)), config.sha256, path, opener or _open)
@@ -54,7 +58,9 @@ def _download(address: str, sha256: str, path: Path, opener: Opener) -> None:
                 digest.update(chunk)
                 parts.append(chunk)
     except OSError as error:
-        raise CheckpointRefused(f"it cannot be downloaded: {error}", where=address, hint="download it by hand and give it as model.weights") from error
+        raise CheckpointRefused(
+            f"it cannot be downloaded: {error}", where=address, hint="download it by hand and give it as model.weights"
+        ) from error
     if digest.hexdigest() != sha256:
         raise CheckpointRefused(f"its SHA-256 is {digest.hexdigest()}", where=address, expected=sha256)
     with resource_errors(path, size):

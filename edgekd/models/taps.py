@@ -142,7 +142,7 @@ def _by_stride(shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """The last module at each resolution, where the resolution changes."""
     last: dict[tuple[int, ...], str] = {}
     for name, shape in shapes.items():
-        if len(shape) == 4 and min(shape[2:]) > 1 or len(shape) == 3:
+        if (len(shape) == 4 and min(shape[2:]) > 1) or len(shape) == 3:
             last[shape[2:] if len(shape) == 4 else shape[1:2]] = name
     if len(last) > 1:
         return list(last.values())

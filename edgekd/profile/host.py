@@ -15,10 +15,22 @@ from edgekd.profile.schema import DeviceProfile
 HOST = "host"
 _PROC, _CPU0 = Path("/proc"), Path("/sys/devices/system/cpu/cpu0")
 _ISA_FLAGS = {  # kernel's flag -> the name used in profiles
-    "avx2": "avx2", "fma": "fma", "avx512f": "avx512f", "avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "avx512_bf16": "avx512_bf16",
-    "avx512_fp16": "avx512_fp16", "amx_int8": "amx_int8", "amx_bf16": "amx_bf16", "asimd": "neon", "asimdhp": "fp16", "asimddp": "dotprod",
-    "i8mm": "i8mm", "bf16": "bf16", "sve": "sve",
-}  # fmt: skip
+    "avx2": "avx2",
+    "fma": "fma",
+    "avx512f": "avx512f",
+    "avx512_vnni": "avx512_vnni",
+    "avx_vnni": "avx_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "avx512_fp16": "avx512_fp16",
+    "amx_int8": "amx_int8",
+    "amx_bf16": "amx_bf16",
+    "asimd": "neon",
+    "asimdhp": "fp16",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+}
 _MACHINES = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "armv8", "arm64": "armv8"}
 _CORE_GBS, _PLATFORM_GBS = 12.8, 51.2  # what one core streams, and two channels of DDR4-3200: a rule, not a measurement
 _AMD_ZEN5 = 26  # family; before it AMD's 512-bit operations take two cycles
@@ -89,19 +101,26 @@ def profile_of(m: Machine) -> DeviceProfile:
     detected = {"arch.cores": m.cores} | {f"memory.{k}": v for k, v in memory.items() if k != "bandwidth_gbs"}
     derived = {"memory.bandwidth_gbs": memory["bandwidth_gbs"]} | {f"compute.{k}": v for k, v in compute.items()}
     raw = {
-        "schema": "edgekd.device/1", "id": HOST, "variant": "detected", "name": f"this machine ({m.cpu})",
-        "vendor": m.vendor, "kind": "cpu",
-        "arch": {"cpu": m.cpu, "gpu": m.gpu, "cores": m.cores, "isa": m.isa}, "compute": compute, "memory": memory,
+        "schema": "edgekd.device/1",
+        "id": HOST,
+        "variant": "detected",
+        "name": f"this machine ({m.cpu})",
+        "vendor": m.vendor,
+        "kind": "cpu",
+        "arch": {"cpu": m.cpu, "gpu": m.gpu, "cores": m.cores, "isa": m.isa},
+        "compute": compute,
+        "memory": memory,
         "efficiency": efficiency,
         "runtimes": [{"name": "onnxruntime", "ep": ["CPUExecutionProvider"], "precisions": ["fp32", "int8"]}],
         "preferred": {"precision": "int8", "channel_multiple": {"fp32": quantum, "int8": quantum}},
-        "access": {"transport": "local"}, "confidence": "medium",
+        "access": {"transport": "local"},
+        "confidence": "medium",
         "provenance": [
             *_entries(detected, "kernel files of this machine", "measured"),
             *_entries(derived, "cores x clock x vector width; bandwidth by a rule per core", "derived"),
             *_entries({f"efficiency.{k}": v for k, v in efficiency.items()}, _AVX512_SOURCE, "measured", _AVX512_CHECKED),
         ],
-    }  # fmt: skip
+    }
     return DeviceProfile.model_validate(raw)
 
 

@@ -36,7 +36,7 @@ class _Defaults:
     launch_us: float
 
 
-_CPU = _Defaults(gemm=0.75, conv3x3=0.7, conv1x1=0.65, depthwise=0.15, attention=0.4, eltwise_bw=0.7, int8=0.5, launch_us=3.0)
+_CPU = _Defaults(gemm=0.75, conv3x3=0.7, conv1x1=0.65, depthwise=0.15, attention=0.4, eltwise_bw=0.7, int8=0.6, launch_us=3.0)
 _GPU = _Defaults(gemm=0.5, conv3x3=0.45, conv1x1=0.35, depthwise=0.05, attention=0.3, eltwise_bw=0.7, int8=0.7, launch_us=4.0)
 _OTHER = _Defaults(gemm=0.3, conv3x3=0.3, conv1x1=0.3, depthwise=0.05, attention=0.1, eltwise_bw=0.5, int8=1.0, launch_us=10.0)
 
@@ -47,6 +47,7 @@ _LLC_SHARE = 0.25  # of the last-level cache that one model may count on: it is 
 _LLC_DEFAULT_KIB = 8192.0
 _COSTLY_FLOPS = 48.0  # a transcendental or normalised element costs as much time as this many operations at the peak
 _RAGGED_DEPTHWISE = 6.0  # a depthwise width that is no multiple of 4 leaves the vector path: six to seven times slower
+_STRIDED, _STRIDED_OPS = 4.0, {"Transpose", "Slice", "Split", "Concat", "Gather", "Pad"}  # copies that do not stream, on CPUs
 _GROUPED = 3.0  # grouped convolutions work on short rows: measured on regnety_002 (8 channels a group)
 _SPREAD_CALIBRATED, _SPREAD = 2.0, 3.0  # the interval is p50 divided and multiplied by this
 
@@ -131,7 +132,8 @@ class _Machine:
         fast = self.threads * _CORE_CACHE_GBS if self.device.is_cpu else self.gbs
         weights = work.weight_bytes / (fast if self.resident else self.gbs)
         activations = work.activation_bytes / (fast if work.activation_bytes <= self.cache_bytes else self.gbs)
-        return (weights + activations) / 1e3
+        strided = self.device.is_cpu and not _STRIDED_OPS.isdisjoint(work.op_types)
+        return (weights + activations * (_STRIDED if strided else 1.0)) / 1e3
 
     def _efficiency(self, work: Work) -> float:
         field = _CLASS_FIELD.get(work.op_class, work.op_class)

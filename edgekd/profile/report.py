@@ -18,7 +18,9 @@ _TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "floa
 _DYNAMIC_SIDE = 224
 
 
-def profile_model(model: Path, *, device: str, backend: str, threads: int, batch: int, layers: bool, via: str | None, seconds: float) -> dict[str, Any]:
+def profile_model(
+    model: Path, *, device: str, backend: str, threads: int, batch: int, layers: bool, via: str | None, seconds: float
+) -> dict[str, Any]:
     """Measures on this machine; raises DeviceError where the device is another one, OnnxRefused for a file that is refused."""
     from edgekd.profile.device import load_device
     from edgekd.profile.footprint import load_facts
@@ -32,9 +34,23 @@ def profile_model(model: Path, *, device: str, backend: str, threads: int, batch
     session = runtime.open(file, threads=threads, device=profile)
     samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
     session.close()
-    found = {"model": str(model), "device": device, "backend": runtime.name, "version": runtime.version(), "threads": threads, "batch": batch, "measured": True, "protocol": PROTOCOL}
+    found = {
+        "model": str(model),
+        "device": device,
+        "backend": runtime.name,
+        "version": runtime.version(),
+        "threads": threads,
+        "batch": batch,
+        "measured": True,
+        "protocol": PROTOCOL,
+    }
     facts = load_facts(file, runtime.name, device=profile, feeds=feeds, threads=threads)
-    found |= {"latency_ms": samples.summary(), "size_bytes": facts["file_bytes"], "load_ms": facts["load_ms"], "peak_mib": facts["peak_mib"]}
+    found |= {
+        "latency_ms": samples.summary(),
+        "size_bytes": facts["file_bytes"],
+        "load_ms": facts["load_ms"],
+        "peak_mib": facts["peak_mib"],
+    }
     if layers:
         found["operators"] = [asdict(layer) for layer in runtime.layers(file, feeds, threads)]
     return found
@@ -64,7 +80,9 @@ def inputs_of(proto: Any, batch: int, file: Path) -> Feeds:
         kind = _TYPES.get(value.type.tensor_type.elem_type)
         if kind is None:
             raise OnnxRefused(f"input '{value.name}' has a type that is not measured", where=file.name, expected=", ".join(_TYPES.values()))
-        shape = [d.dim_value or (batch if i == 0 else 3 if i == 1 else _DYNAMIC_SIDE) for i, d in enumerate(value.type.tensor_type.shape.dim)]
+        shape = [
+            d.dim_value or (batch if i == 0 else 3 if i == 1 else _DYNAMIC_SIDE) for i, d in enumerate(value.type.tensor_type.shape.dim)
+        ]
         feeds[value.name] = rng.standard_normal(shape).astype(kind) if "float" in kind else rng.integers(0, 100, shape).astype(kind)
     return feeds
 
@@ -75,7 +93,9 @@ def _backend_of(profile: DeviceProfile, name: str) -> str:
         return name
     found = next((r.name for r in profile.runtimes if r.name in registry.names("backend")), None)
     if found is None:
-        raise BackendError(f"edgekd has no backend for '{profile.id}'", where=profile.id, hint=f"edgekd predict MODEL --device {profile.id}")
+        raise BackendError(
+            f"edgekd has no backend for '{profile.id}'", where=profile.id, hint=f"edgekd predict MODEL --device {profile.id}"
+        )
     return found
 
 
@@ -85,4 +105,8 @@ def _reachable(profile: DeviceProfile, runtime: Any, via: str | None) -> None:
     if (reason := runtime.available()) is not None:
         raise BackendError(reason, where=runtime.name)
     if not runtime.runs_on(profile):
-        raise DeviceError(f"{profile.id} is not this machine, so nothing was measured", where="--device", hint=f"edgekd predict MODEL --device {profile.id}, or measure there")
+        raise DeviceError(
+            f"{profile.id} is not this machine, so nothing was measured",
+            where="--device",
+            hint=f"edgekd predict MODEL --device {profile.id}, or measure there",
+        )

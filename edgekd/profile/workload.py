@@ -24,9 +24,36 @@ _FREE = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "D
 _CONVS = {"Conv", "ConvInteger", "QLinearConv", "ConvTranspose"}
 _PRODUCTS = {"Gemm", "MatMul", "MatMulInteger", "QLinearMatMul"}
 _CHEAP = {
-    "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Min", "Max", "Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "HardSigmoid", "Where",
-    "Cast", "Sqrt", "Reciprocal", "BatchNormalization", "QuantizeLinear", "Greater", "Less", "Equal", "And", "Or", "Not", "Floor", "Round", "Ceil",
-}  # fmt: skip
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Neg",
+    "Abs",
+    "Min",
+    "Max",
+    "Relu",
+    "Clip",
+    "LeakyRelu",
+    "PRelu",
+    "HardSwish",
+    "HardSigmoid",
+    "Where",
+    "Cast",
+    "Sqrt",
+    "Reciprocal",
+    "BatchNormalization",
+    "QuantizeLinear",
+    "Greater",
+    "Less",
+    "Equal",
+    "And",
+    "Or",
+    "Not",
+    "Floor",
+    "Round",
+    "Ceil",
+}
 _COSTLY = {"Gelu", "Erf", "Exp", "Log", "Sigmoid", "Tanh", "Softplus", "Swish", "Mish", "Elu", "Selu", "Pow"}
 _COSTLY_REDUCING = {"Softmax", "LogSoftmax", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"}
 _HALVES = {"FLOAT16", "BFLOAT16"}

@@ -48,18 +48,34 @@ class PTQ:
 
         prepared = out.with_name("prepared.onnx")
         symmetric = flavour == "s8s8"
-        method = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}[self.config.calibration]
-        extra = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "AddQDQPairToWeight": False} if symmetric else {"WeightSymmetric": True}
+        method = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}[
+            self.config.calibration
+        ]
+        extra = (
+            {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "AddQDQPairToWeight": False}
+            if symmetric
+            else {"WeightSymmetric": True}
+        )
         try:
             with _quiet():
                 quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True)  # folds batch norms, infers shapes
                 quantize_static(
-                    str(prepared), str(out), _Reader(samples, _input_name(prepared)), quant_format=QuantFormat.QDQ, op_types_to_quantize=_OPS,
-                    per_channel=self.config.per_channel, reduce_range=flavour == "u8s8_reduced", activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-                    weight_type=QuantType.QInt8, calibrate_method=method, extra_options=extra,
-                )  # fmt: skip
+                    str(prepared),
+                    str(out),
+                    _Reader(samples, _input_name(prepared)),
+                    quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=_OPS,
+                    per_channel=self.config.per_channel,
+                    reduce_range=flavour == "u8s8_reduced",
+                    activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                    calibrate_method=method,
+                    extra_options=extra,
+                )
         except Exception as error:  # the quantizer raises many unrelated types
-            raise BackendError(f"the graph cannot be quantized: {error}", where=graph.name, hint="leave the quantize stage out, or precision: fp32") from error
+            raise BackendError(
+                f"the graph cannot be quantized: {error}", where=graph.name, hint="leave the quantize stage out, or precision: fp32"
+            ) from error
         finally:
             prepared.unlink(missing_ok=True)
         proto = onnx.load_model_from_string(out.read_bytes())

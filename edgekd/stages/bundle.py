@@ -40,7 +40,13 @@ class Bundle:
         budget: Budget = Field(default_factory=Budget)
         provenance: dict[str, Any] = Field(default_factory=dict)
 
-    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "engine": Kind.ENGINE, "data": Kind.DATA, "test": Kind.METRICS, "parity": Kind.METRICS}
+    takes: Mapping[str, Kind] = {
+        "graph": Kind.GRAPH,
+        "engine": Kind.ENGINE,
+        "data": Kind.DATA,
+        "test": Kind.METRICS,
+        "parity": Kind.METRICS,
+    }
     gives = Kind.BUNDLE
     version = 1
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
@@ -59,36 +65,54 @@ class Bundle:
             shutil.copyfile(engine.path / model_file, folder / model_file)
         settings_ = {n: facts[n] for n in ("image_size", "mean", "std")} | {n: index[n] for n in ("resize", "interpolation")}
         body = {
-            "schema": "edgekd.bundle/1", "model_file": "model.onnx", "engine_file": model_file, "input": facts["input"], "output": facts["output"],
-            "fixed_batch": facts["fixed_batch"], "precision": facts["precision"], "threads": config.threads, "task": settings.facts["task"],
-            "preprocess": settings_, "postprocess": task_of(settings).postprocess(), "labels": list(dataset.classes), "tolerance": _TOLERANCE[facts["precision"]],
-        }  # fmt: skip
+            "schema": "edgekd.bundle/1",
+            "model_file": "model.onnx",
+            "engine_file": model_file,
+            "input": facts["input"],
+            "output": facts["output"],
+            "fixed_batch": facts["fixed_batch"],
+            "precision": facts["precision"],
+            "threads": config.threads,
+            "task": settings.facts["task"],
+            "preprocess": settings_,
+            "postprocess": task_of(settings).postprocess(),
+            "labels": list(dataset.classes),
+            "tolerance": _TOLERANCE[facts["precision"]],
+        }
         (folder / "bundle.json").write_text(json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         _write_samples(folder / "samples.npz", graph, facts, dataset, ctx)
         (folder / "predict.py").write_bytes(resources.files("edgekd.templates").joinpath("predict.py").read_bytes())
         (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs), encoding="utf-8")
-        write_manifest(folder, {"recipe": config.recipe, "target": config.target, "backend": config.backend, "precision": facts["precision"], "metrics": inputs["test"].json(METRICS)["metrics"],
-                                "data": inputs["data"].meta.get("fingerprint"), "provenance": config.provenance})  # fmt: skip
+        write_manifest(
+            folder,
+            {
+                "recipe": config.recipe,
+                "target": config.target,
+                "backend": config.backend,
+                "precision": facts["precision"],
+                "metrics": inputs["test"].json(METRICS)["metrics"],
+                "data": inputs["data"].meta.get("fingerprint"),
+                "provenance": config.provenance,
+            },
+        )
         return {"model_file": model_file, "size_bytes": (folder / model_file).stat().st_size}
 
 
 def _write_samples(path: Path, graph: Artifact, facts: Mapping[str, Any], dataset: Any, ctx: Context) -> None:
     """Pixels of a few val images and the outputs they give, so that any device can check itself."""
-    import io
-    import zipfile
-
-    import numpy as np
-
+    from edgekd.safeio.arrays import write_arrays
     from edgekd.stages.parity import graph_outputs
 
     positions = dataset.split("val")[:_SAMPLES]
-    arrays = {"pixels": dataset.images(positions), "outputs": graph_outputs(graph, dataset, positions, ctx), "labels": dataset.labels[positions]}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # numpy's own savez writes the time of day into the file
-        for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), buffer.getvalue())
+    write_arrays(
+        path,
+        {
+            "pixels": dataset.images(positions),
+            "outputs": graph_outputs(graph, dataset, positions, ctx),
+            "labels": dataset.labels[positions],
+        },
+    )
 
 
 def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> str:
@@ -97,10 +121,10 @@ def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Arti
     origin = "\n".join(f"- {k}: {v}" for k, v in sorted(config.provenance.items()))
     return f"""# What this is
 
-Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}` ({config.backend}, {facts['precision']}).
+Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}` ({config.backend}, {facts["precision"]}).
 
-- test metrics of this file, {metrics['samples']} images: {shown}
-- data fingerprint: {inputs['data'].meta.get('fingerprint')}
+- test metrics of this file, {metrics["samples"]} images: {shown}
+- data fingerprint: {inputs["data"].meta.get("fingerprint")}
 {origin}
 
 Licences: the weights follow the licences of the training data and of the model they were distilled from, which edgekd cannot know; `predict.py` is

@@ -46,7 +46,12 @@ class Compile:
         config = settings.typed(RunConfig)
         backend = registry.load("backend", config.backend)()
         meta: dict[str, Any] = backend.convert(inputs["graph"].path / GRAPH, load_device(config.device), out, {})
-        facts = inputs["graph"].json(FACTS) | {"device": config.device, "backend": config.backend, "threads": config.threads, "model_file": meta["model_file"]}
+        facts = inputs["graph"].json(FACTS) | {
+            "device": config.device,
+            "backend": config.backend,
+            "threads": config.threads,
+            "model_file": meta["model_file"],
+        }
         (out / ENGINE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         return meta | {"size_bytes": (out / meta["model_file"]).stat().st_size}
 
@@ -57,7 +62,9 @@ def open_engine(engine: Artifact, *, threads: int | None = None) -> tuple[Sessio
 
     facts: dict[str, Any] = engine.json(ENGINE)
     backend = registry.load("backend", facts["backend"])()
-    session: Session = backend.open(engine.path / facts["model_file"], threads=threads or facts["threads"], device=load_device(facts["device"]))
+    session: Session = backend.open(
+        engine.path / facts["model_file"], threads=threads or facts["threads"], device=load_device(facts["device"])
+    )
     return session, facts
 
 

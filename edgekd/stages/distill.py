@@ -14,8 +14,8 @@ from edgekd.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
-    from edgekd.train.distiller import Side
     from edgekd.models.spec import ModelSpec
+    from edgekd.train.distiller import Side
 
 
 @register("stage")
@@ -60,8 +60,8 @@ class Distill:
 
 def side(model: Any, spec: ModelSpec, device: str = "cpu") -> Side:
     """One model of the pair as a distiller sees it."""
-    from edgekd.train.distiller import Side
     from edgekd.models.taps import stage_taps
+    from edgekd.train.distiller import Side
 
     taps = stage_taps(model, spec.image_size)
     return Side(model, taps, taps[-1].channels, spec.num_classes)

@@ -53,12 +53,20 @@ class Evaluate:
         metrics = task.metrics(outputs, labels, teacher)
         np.save(out / OUTPUTS, outputs)
         np.save(out / "labels.npy", labels)
-        body = {"split": split, "metric_name": task.metric_name, "metrics": metrics, "samples": len(positions), "confusion": task.confusion(outputs, labels, len(dataset.classes))}
+        body = {
+            "split": split,
+            "metric_name": task.metric_name,
+            "metrics": metrics,
+            "samples": len(positions),
+            "confusion": task.confusion(outputs, labels, len(dataset.classes)),
+        }
         (out / METRICS).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
         return {task.metric_name: metrics[task.metric_name]}
 
 
-def run_engine(session: Session, facts: Mapping[str, Any], dataset: Dataset, positions: NDArray[np.int64], ctx: Context, name: str) -> NDArray[np.float32]:
+def run_engine(
+    session: Session, facts: Mapping[str, Any], dataset: Dataset, positions: NDArray[np.int64], ctx: Context, name: str
+) -> NDArray[np.float32]:
     """Outputs (samples, ...) of all positions, in order; a graph with a fixed batch has its last one filled up."""
     import numpy as np
 

@@ -37,7 +37,15 @@ class Export:
         meta = export_onnx(model, spec.image_size, out / GRAPH)
         stored = sum(p.numel() for p in model.parameters())
         _assert_no_projector(out / GRAPH, stored, settings.name)
-        facts = {"input": INPUT, "output": OUTPUT, "image_size": spec.image_size, "mean": spec.mean, "std": spec.std, "precision": "fp32", "fixed_batch": None if meta["dynamic_batch"] else 1}
+        facts = {
+            "input": INPUT,
+            "output": OUTPUT,
+            "image_size": spec.image_size,
+            "mean": spec.mean,
+            "std": spec.std,
+            "precision": "fp32",
+            "fixed_batch": None if meta["dynamic_batch"] else 1,
+        }
         (out / FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         return meta | {"arch": spec.arch, "parameters": stored}
 
@@ -50,4 +58,8 @@ def _assert_no_projector(graph: Path, parameters: int, name: str) -> None:
 
     stored = sum(int(np.prod(t.dims)) for t in check_onnx(graph, trusted=True).graph.initializer if t.data_type == 1)
     if stored > parameters * 1.2 + 100_000:
-        raise ParityBroken(f"the exported file holds {stored} weights, the model has {parameters}", where=name, expected="no training-only modules in the file")
+        raise ParityBroken(
+            f"the exported file holds {stored} weights, the model has {parameters}",
+            where=name,
+            expected="no training-only modules in the file",
+        )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from edgekd.artifact import Artifact, Kind
-from edgekd.gate import Evidence, Verdict, judge, paired_drop, wants_of
 from edgekd.budget import Budget
+from edgekd.gate import Evidence, Verdict, judge, paired_drop, wants_of
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, read_decision, write_decision
 from edgekd.stages.compile import RunConfig, engine_bytes, engine_file, open_engine
@@ -32,9 +32,13 @@ class Gate:
         budget: Budget = Field(default_factory=Budget)
 
     takes: Mapping[str, Kind] = {
-        "before": Kind.ENGINE, "after": Kind.ENGINE, "before_metrics": Kind.METRICS, "after_metrics": Kind.METRICS,
-        "reference_metrics": Kind.METRICS, "note?": Kind.DECISION,
-    }  # fmt: skip
+        "before": Kind.ENGINE,
+        "after": Kind.ENGINE,
+        "before_metrics": Kind.METRICS,
+        "after_metrics": Kind.METRICS,
+        "reference_metrics": Kind.METRICS,
+        "note?": Kind.DECISION,
+    }
     gives = Kind.DECISION
     version = 1
     libraries = ("onnxruntime-gpu", "onnxruntime")
@@ -51,7 +55,12 @@ class Gate:
         reason = verdict.reason
         if note and not note.get("met", True) and verdict.verdict == "kept":
             reason += f"; the {note['goal']} target of {note['target']:g} was not met: {note['reason']}"
-        body = {"verdict": verdict.verdict, "reason": reason, "chosen": verdict.chosen, "evidence": asdict(evidence) | {"wants": sorted(evidence.wants)}}
+        body = {
+            "verdict": verdict.verdict,
+            "reason": reason,
+            "chosen": verdict.chosen,
+            "evidence": asdict(evidence) | {"wants": sorted(evidence.wants)},
+        }
         write_decision(out, body)
         return {"verdict": verdict.verdict, "reason": reason}
 

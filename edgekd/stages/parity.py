@@ -47,7 +47,9 @@ class Parity:
             rows.append(compare("torch fp32 -> ONNX fp32", "fp32", torch_outputs(inputs["model"], dataset, positions), onnx, labels, task))
         precision = inputs["graph"].json(FACTS)["precision"]
         if inputs["graph"].digest != inputs["fp32"].digest:
-            rows.append(compare(f"ONNX fp32 -> {precision}", precision, onnx, graph_outputs(inputs["graph"], dataset, positions, ctx), labels, task))
+            rows.append(
+                compare(f"ONNX fp32 -> {precision}", precision, onnx, graph_outputs(inputs["graph"], dataset, positions, ctx), labels, task)
+            )
         (out / PARITY).write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
         return {"ok": all(row["ok"] for row in rows)}
 

@@ -94,10 +94,10 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     import torch
 
     from edgekd.data.augment import to_float
-    from edgekd.train.distiller import Batch, Outputs
     from edgekd.models.build import load_model
     from edgekd.models.taps import TappedModel
     from edgekd.stages.distill import side
+    from edgekd.train.distiller import Batch, Outputs
     from edgekd.train.views import View
 
     cls = registry.load("distill", str(probe.method))
@@ -166,7 +166,9 @@ def _pruned(config: Any, student: nn.Module, spec: ModelSpec) -> nn.Module:
     return model
 
 
-def _quantized(config: Any, graph: Path, folder: Path, images: NDArray[np.float32], flavour: str, fixed: int | None) -> Iterator[tuple[str, Path]]:
+def _quantized(
+    config: Any, graph: Path, folder: Path, images: NDArray[np.float32], flavour: str, fixed: int | None
+) -> Iterator[tuple[str, Path]]:
     for probe in config.probes:
         if probe.stage == "quantize":
             with _named(probe.name):

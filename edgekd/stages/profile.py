@@ -44,13 +44,23 @@ class Profile:
         opened = {name: open_engine(engines[name], threads=config.threads) for name in unique.values()}
         feeds = {name: {facts["input"]: random_input(facts, config.batch)} for name, (_, facts) in opened.items()}
         samples = measure({n: s for n, (s, _) in opened.items()}, feeds, budget_s=_SECONDS_PER_ENGINE * len(opened))
-        rows = {name: samples[unique[e.digest]].summary() | {"samples": list(samples[unique[e.digest]].ms[:_KEPT_SAMPLES])} for name, e in engines.items()}
+        rows = {
+            name: samples[unique[e.digest]].summary() | {"samples": list(samples[unique[e.digest]].ms[:_KEPT_SAMPLES])}
+            for name, e in engines.items()
+        }
         shipped = engines["shipped"]
         name, facts = unique[shipped.digest], opened[unique[shipped.digest]][1]
         backend, file = registry.load("backend", config.backend)(), shipped.path / facts["model_file"]
         footprint = load_facts(file, config.backend, device=load_device(config.device), feeds=feeds[name], threads=config.threads)
         layers = [asdict(layer) for layer in backend.layers(file, feeds[name], config.threads)] if hasattr(backend, "layers") else []
-        body = {"protocol": PROTOCOL, "latency": rows, "footprint": footprint, "operators": layers, "threads": config.threads, "batch": config.batch}
+        body = {
+            "protocol": PROTOCOL,
+            "latency": rows,
+            "footprint": footprint,
+            "operators": layers,
+            "threads": config.threads,
+            "batch": config.batch,
+        }
         (out / TRACE).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
         return {"p50": rows["shipped"]["p50"]}
 

@@ -36,7 +36,7 @@ class PruneTarget(Base):
 
     @model_validator(mode="after")
     def _one_goal(self) -> PruneTarget:
-        if len(self.model_fields_set) != 1 or None in self.model_dump().values() and self.goal[1] is None:
+        if len(self.model_fields_set) != 1 or (None in self.model_dump().values() and self.goal[1] is None):
             raise ValueError(f"expected exactly one of {', '.join(type(self).model_fields)}")
         return self
 
@@ -77,7 +77,9 @@ class Prune:
         dataset = open_dataset(inputs["data"], ctx)
         scores = score(model, spec, dataset, settings, config)
         example = example_of(spec)
-        report = prune_model(model, example, scores, keep={n: w for n, w in decided["widths"].items() if n in scores}, scope=decided["scope"])
+        report = prune_model(
+            model, example, scores, keep={n: w for n, w in decided["widths"].items() if n in scores}, scope=decided["scope"]
+        )
         recalibrate_bn(model, (x for x, _ in scoring_batches(dataset, spec, "train", _BATCH * _RECALIBRATION_BATCHES)))
         base = build(spec.model_copy(update={"structure": {}}))
         save_model(model, spec.model_copy(update={"structure": structure_diff(base, model)}), out)

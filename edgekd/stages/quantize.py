@@ -59,4 +59,3 @@ def calibration_batches(dataset: Dataset, facts: Mapping[str, Any], count: int, 
     chosen, size = epoch_order(seed, 0, dataset.split("train"))[:count], fixed or _BATCH
     for start in range(0, len(chosen) - (size - 1 if fixed else 0), size):  # a fixed batch takes whole batches only
         yield normalised(dataset.images(chosen[start : start + size]), facts)
-

@@ -38,7 +38,11 @@ class ReadGraph:
         shutil.copyfile(config.onnx, out / GRAPH)
         size, dataset = image_size_of(proto, config.onnx), open_dataset(inputs["data"], ctx)
         if size is not None and size != dataset.image_size:
-            raise OnnxRefused(f"its input is {size} x {size} pixels, the data are {dataset.image_size}", where=str(config.onnx), hint=f"-o data.image_size={size}")
+            raise OnnxRefused(
+                f"its input is {size} x {size} pixels, the data are {dataset.image_size}",
+                where=str(config.onnx),
+                hint=f"-o data.image_size={size}",
+            )
         mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
         names = {"input": proto.graph.input[0].name, "output": proto.graph.output[0].name}
         batch = int(proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value) or None

@@ -66,7 +66,9 @@ def _judged(found: Mapping[str, Any], gate: bool) -> dict[str, Any]:
 class _Candidates:
     """Cuts copies of one model, exports and measures them against it."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec, scores: Mapping[str, Tensor], config: Any, judge: RunConfig, folder: Path, ctx: Context):
+    def __init__(
+        self, model: nn.Module, spec: ModelSpec, scores: Mapping[str, Tensor], config: Any, judge: RunConfig, folder: Path, ctx: Context
+    ):
         from edgekd.profile.device import load_device
 
         self.model, self.spec, self.scores, self.config, self.judge, self.folder, self.ctx = model, spec, scores, config, judge, folder, ctx
@@ -93,9 +95,24 @@ class _Candidates:
             ratio, met, reason, trials, error, speed = 0.0, False, str(problem), [], str(problem), {"ratio": None, "ci95": None}
         _, report = self._cut(ratio) if ratio else (None, None)
         widths = {name: after for name, (before, after) in report.widths.items() if after != before} if report else {}
-        facts = {"macs": list(report.macs), "params": list(report.params), "scope": report.scope} if report else {"macs": [], "params": [], "scope": "auto"}
-        return facts | {"goal": self.goal, "target": self.value, "ratio": ratio, "met": met, "reason": reason, "trials": trials, "widths": widths,
-                        "quantum": self.quantum, "speedup": speed["ratio"], "ci95": speed["ci95"], "error": error}  # fmt: skip
+        facts = (
+            {"macs": list(report.macs), "params": list(report.params), "scope": report.scope}
+            if report
+            else {"macs": [], "params": [], "scope": "auto"}
+        )
+        return facts | {
+            "goal": self.goal,
+            "target": self.value,
+            "ratio": ratio,
+            "met": met,
+            "reason": reason,
+            "trials": trials,
+            "widths": widths,
+            "quantum": self.quantum,
+            "speedup": speed["ratio"],
+            "ci95": speed["ci95"],
+            "error": error,
+        }
 
     def _relative_goal(self) -> tuple[str, float]:
         """Absolute goals as ratios against the base."""
@@ -137,7 +154,9 @@ class _Candidates:
         from edgekd.prune._cut import prune_model
 
         candidate = copy.deepcopy(self.model)
-        return candidate, prune_model(candidate, example_of(self.spec), self.scores, keep=1 - ratio, quantum=self.quantum, scope=self.config.scope)
+        return candidate, prune_model(
+            candidate, example_of(self.spec), self.scores, keep=1 - ratio, quantum=self.quantum, scope=self.config.scope
+        )
 
     def _export(self, model: nn.Module, name: str) -> Path:
         from edgekd.export.onnx import export_onnx

@@ -75,5 +75,7 @@ def calibration_error(logits: Floats, labels: Ints) -> float:
     p /= p.sum(1, keepdims=True)
     confidence, correct = p.max(1), p.argmax(1) == labels
     bins = np.minimum((confidence * _ECE_BINS).astype(int), _ECE_BINS - 1)
-    gaps = [abs(correct[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in range(_ECE_BINS) if (bins == b).any()]
+    gaps = [
+        abs(correct[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in range(_ECE_BINS) if (bins == b).any()
+    ]
     return float(sum(gaps))

@@ -3,9 +3,13 @@
 Needs Python 3.8 or newer, onnxruntime, numpy and Pillow; nothing of edgekd. Prints a line an image: file name, label, probability.
 """
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
-def preprocess(image, settings):
+def preprocess(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     """The same steps as in training: resize, pixel / 255, minus mean, over std -> (1, 3, h, w) float32."""
     size, (width, height) = settings["image_size"], image.size
     side = min(width, height)
@@ -28,18 +32,19 @@ def preprocess(image, settings):
     return np.ascontiguousarray(x.transpose(2, 0, 1)[None])
 
 
-def softmax(logits):
+def softmax(logits: np.ndarray) -> np.ndarray:
     e = np.exp(logits - logits.max())
-    return e / e.sum()
+    shares: np.ndarray = e / e.sum()
+    return shares
 
 
-def images_of(arguments):
+def images_of(arguments: list[str]) -> Iterator[Path]:
     for name in arguments:
         path = Path(name)
         yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
 
 
-def main():
+def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))

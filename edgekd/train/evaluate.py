@@ -24,10 +24,9 @@ def logits_of(model: nn.Module, view: View, dataset: Dataset, positions: NDArray
     """Outputs (samples, classes) in eval mode and fp32; the model's mode is restored."""
     import numpy as np
 
-    was, parts = model.training, []
+    was = model.training
     model.eval()
     with torch.inference_mode():
-        for batch in batches(dataset, positions, _BATCH):
-            parts.append(model(view(to_float(batch.images.to(device)))).float().cpu().numpy())
+        parts = [model(view(to_float(b.images.to(device)))).float().cpu().numpy() for b in batches(dataset, positions, _BATCH)]
     model.train(was)
     return np.concatenate(parts)

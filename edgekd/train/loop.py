@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from edgekd.data.augment import augment, mix_batch
 from edgekd.data.loader import batches, epoch_order
 from edgekd.data.rng import seed_of
-from edgekd.train.distiller import Batch, Outputs
 from edgekd.errors import TrainingDiverged
 from edgekd.train import checkpoint
 from edgekd.train.config import TrainConfig
+from edgekd.train.distiller import Batch, Outputs
 from edgekd.train.evaluate import logits_of
 from edgekd.train.optim import Average, learning_rate, make_optimizer
 from edgekd.train.views import View
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
     from edgekd.data.loader import Batch as DataBatch
-    from edgekd.train.distiller import Distiller
     from edgekd.models.spec import ModelSpec
     from edgekd.models.taps import TappedModel
     from edgekd.tasks._task import Task
+    from edgekd.train.distiller import Distiller
 
 _CHECKPOINT_SECONDS = 10.0
 
@@ -207,7 +207,9 @@ class _Run:
         if cfg.clip_grad:
             norm = nn.utils.clip_grad_norm_(self.trained.parameters(), cfg.clip_grad)
             if not _finite(float(norm)):
-                raise TrainingDiverged(f"the gradient norm is {float(norm)} at step {self.step}", where=self.job.name, expected="finite gradients")
+                raise TrainingDiverged(
+                    f"the gradient norm is {float(norm)} at step {self.step}", where=self.job.name, expected="finite gradients"
+                )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:

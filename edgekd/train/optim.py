@@ -51,4 +51,4 @@ class Average:
                 floats[1].append(theirs[name])
             else:
                 tensor.copy_(theirs[name])
-        torch._foreach_lerp_(floats[0], floats[1], share)  # type: ignore[no-untyped-call]
+        torch._foreach_lerp_(floats[0], floats[1], share)

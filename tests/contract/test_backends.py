@@ -1,0 +1,173 @@
+"""Every backend of the folder keeps the contract of edgekd/backends: convert, open, run, refuse; one that is missing says how to get it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edgekd.backends.onnxruntime import OnnxRuntime
+from edgekd.errors import BackendError
+from edgekd.profile.device import device_ids, load_device
+from edgekd.registry import FOLDERS, load, names
+
+BACKENDS = names("backend")
+HOST = load_device("host")
+X = np.arange(-6, 6, dtype=np.float32).reshape(1, 12)
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    """y = relu(x @ W) with W all ones."""
+    weights = [onnx.numpy_helper.from_array(np.ones((12, 3), np.float32), "w")]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"], name="product"), helper.make_node("Relu", ["m"], ["y"])]
+    body = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 12))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 3))],
+        weights,
+    )
+    path = tmp_path / "tiny.onnx"
+    path.write_bytes(helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString())
+    return path
+
+
+def _usable(name: str) -> Any:
+    backend = load("backend", name)()
+    reason = backend.available()
+    if reason is not None:
+        pytest.skip(reason)
+    if not backend.runs_on(HOST):
+        pytest.skip(f"{name} cannot run for this machine's profile")
+    return backend
+
+
+def _engine(backend: Any, graph: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "engine"
+    out.mkdir()
+    return out / backend.convert(graph, HOST, out, {})["model_file"]
+
+
+def test_the_registry_lists_every_backend_file() -> None:
+    folder = Path(sys.modules["edgekd.registry"].__file__ or "").parent / FOLDERS["backend"]
+    assert set(BACKENDS) == {p.stem for p in folder.glob("*.py") if p.stem[0] != "_"}
+    assert "onnxruntime" in BACKENDS
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backend_says_whether_it_is_usable_and_which_version_without_importing_its_runtime(name: str) -> None:
+    code = (
+        f"import sys, json; from edgekd.registry import load; b = load('backend', {name!r})();"
+        "loaded = sorted({'onnxruntime', 'tensorrt', 'openvino', 'torch', 'onnx'} & set(sys.modules));"
+        "sys.stdout.write(json.dumps([b.name, b.suffix, b.available(), b.version(), loaded]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    own, suffix, reason, version, imported = json.loads(done.stdout)
+    assert own == name
+    assert suffix.startswith(".")
+    assert imported == []
+    assert (reason is None and version != "none") or "install" in reason
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_converted_engine_opens_and_computes_the_graph(name: str, graph: Path, tmp_path: Path) -> None:
+    backend = _usable(name)
+    engine = _engine(backend, graph, tmp_path)
+    session = backend.open(engine, threads=1, device=HOST)
+    assert engine.suffix == backend.suffix
+    assert (session.input_names, session.output_names) == (["x"], ["y"])
+    (y,) = session.run({"x": X})
+    np.testing.assert_allclose(y, np.maximum(X @ np.ones((12, 3), np.float32), 0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_inputs_that_do_not_fit_and_closed_sessions_are_backend_errors(name: str, graph: Path, tmp_path: Path) -> None:
+    backend = _usable(name)
+    session = backend.open(_engine(backend, graph, tmp_path), threads=1, device=HOST)
+    for wrong in ({}, {"z": X}, {"x": X[:, :5]}, {"x": X.astype(np.float64)}):
+        with pytest.raises(BackendError):
+            session.run(wrong)
+    session.close()
+    with pytest.raises(BackendError, match="closed"):
+        session.run({"x": X})
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_graph_that_cannot_be_built_is_a_backend_error_at_conversion(name: str, tmp_path: Path) -> None:
+    backend = _usable(name)
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"\x08\x09not a graph")
+    with pytest.raises(BackendError, match=r"bad\.onnx") as error:
+        backend.convert(bad, HOST, tmp_path, {})
+    assert error.value.exit_code == 5
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_unknown_option_is_refused(name: str, graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="no option 'turbo'"):
+        _usable(name).convert(graph, HOST, tmp_path, {"turbo": True})
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backend_runs_for_no_device_but_this_machine(name: str) -> None:
+    backend = load("backend", name)()
+    assert not any(backend.runs_on(load_device(d)) for d in device_ids()[1:])
+
+
+def test_onnxruntime_keeps_the_file_as_it_is(graph: Path, tmp_path: Path) -> None:
+    assert _engine(OnnxRuntime(), graph, tmp_path).read_bytes() == graph.read_bytes()
+
+
+class FellBack:
+    """An onnxruntime that lists CUDA and then quietly uses the CPU."""
+
+    class SessionOptions: ...
+
+    class ExecutionMode:
+        ORT_SEQUENTIAL = 0
+
+    class InferenceSession:
+        def __init__(self, *args: Any, **kwargs: Any): ...
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    @staticmethod
+    def get_available_providers() -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    @staticmethod
+    def set_default_logger_severity(level: int) -> None: ...
+
+
+class CpuOnly(FellBack):
+    @staticmethod
+    def get_available_providers() -> list[str]:
+        return ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(("runtime", "said"), [(FellBack, "fell back to CPUExecutionProvider"), (CpuOnly, "has no CUDAExecutionProvider")])
+def test_another_provider_than_the_device_asks_for_is_an_error_never_a_fallback(
+    runtime: type, said: str, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.backends.onnxruntime._runtime", runtime)
+    with pytest.raises(BackendError, match=said) as error:
+        OnnxRuntime().open(graph, threads=1, device=load_device("rtx4090"))
+    assert "CUDAExecutionProvider" in str(error.value)
+    assert error.value.hint == "edgekd doctor"
+
+
+def test_onnxruntime_names_its_operators_with_their_shares(graph: Path) -> None:
+    layers = OnnxRuntime().layers(graph, {"x": X}, threads=1)
+    assert {layer.op_type for layer in layers} >= {"Relu"}
+    assert sum(layer.share for layer in layers) == pytest.approx(1.0)
+    assert all(layer.calls == 1 and layer.total_us >= 0 for layer in layers)
+    assert [layer.total_us for layer in layers] == sorted((layer.total_us for layer in layers), reverse=True)
