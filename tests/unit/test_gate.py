@@ -1,0 +1,94 @@
+"""The gate: every verdict from injected measurements, and its interval against an independent oracle."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from edgekd.gate import Evidence, judge, paired_drop, wants_of
+
+
+def evidence(**changes: object) -> Evidence:
+    base = {"before_bytes": 1000, "after_bytes": 500, "ratio": 0.5, "ratio_ci": (0.48, 0.52), "drop": 0.0, "drop_ci": (-0.01, 0.01), "allowed": 0.03}
+    return Evidence(**(base | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "words"),
+    [
+        ({}, "kept", "2.00x faster, 2.00x smaller"),
+        ({"ratio": 1.0, "ratio_ci": (0.99, 1.01)}, "kept", "latency unchanged"),
+        ({"ratio": 1.2, "ratio_ci": (1.15, 1.25)}, "rolled back", "it made latency worse"),
+        ({"ratio": 1.2, "ratio_ci": (1.15, 1.25), "wants": frozenset({"size"})}, "kept", "1.20x the latency"),
+        ({"ratio": 1.2, "ratio_ci": (1.15, 1.25), "wants": frozenset({"latency"})}, "rolled back", "it made latency worse"),
+        ({"after_bytes": 1000, "ratio": 1.0, "ratio_ci": (0.97, 1.03)}, "neutral", "no certain gain"),
+        ({"ratio": 1.0, "ratio_ci": (0.97, 1.03), "wants": frozenset({"latency"})}, "neutral", "no certain gain in latency"),
+        ({"after_bytes": 1500}, "rolled back", "it made size worse"),
+        ({"after_bytes": 1500, "wants": frozenset({"latency"})}, "kept", "2.00x faster"),
+        ({"drop": 0.05, "drop_ci": (0.04, 0.06)}, "rolled back", "loses more than the 3.00 points"),
+        ({"drop": 0.02, "drop_ci": (0.00, 0.04)}, "neutral", "may exceed the 3.00 points"),
+        ({"drop": 0.035, "drop_ci": (0.00, 0.07)}, "rolled back", "may exceed"),
+        ({"ratio": None, "ratio_ci": None, "untimed": "no device"}, "kept", "latency not judged (no device)"),
+        ({"ratio": None, "ratio_ci": None, "after_bytes": 1000}, "neutral", "no certain gain"),
+        ({"allowed": -0.02}, "rolled back", "the 0.00 points that are left"),
+        ({"same": True}, "neutral", "changed nothing"),
+    ],
+)
+def test_the_verdict_follows_from_the_measurements(changes: dict[str, object], verdict: str, words: str) -> None:
+    found = judge(evidence(**changes))
+    assert found.verdict == verdict
+    assert words in found.reason
+    assert found.chosen == ("after" if verdict == "kept" else "before")
+
+
+def test_causes_are_named_where_a_step_did_not_get_faster() -> None:
+    slow = judge(evidence(ratio=1.2, ratio_ci=(1.15, 1.25), causes=("43 quantize nodes were added",)))
+    assert "43 quantize nodes were added" in slow.reason
+
+
+def test_a_verdict_always_has_a_reason_whatever_the_evidence() -> None:
+    ratios = [(0.5, (0.4, 0.6)), (1.0, (0.9, 1.1)), (1.5, (1.4, 1.6)), (None, None)]
+    drops = [(0.0, (-0.01, 0.01)), (0.02, (0.0, 0.05)), (0.1, (0.08, 0.12))]
+    for (ratio, ci), size, (drop, drop_ci), wants in itertools.product(ratios, (500, 1000, 2000), drops, (frozenset(), {"latency"}, {"size"})):
+        found = judge(evidence(ratio=ratio, ratio_ci=ci, after_bytes=size, drop=drop, drop_ci=drop_ci, wants=frozenset(wants)))
+        assert found.verdict in ("kept", "rolled back", "neutral")
+        assert len(found.reason) > 20
+        if found.verdict == "kept":
+            assert drop_ci[1] <= 0.03
+
+
+def test_the_paired_interval_covers_the_truth_about_95_times_in_100() -> None:
+    rng, n, truth, hits = np.random.default_rng(0), 270, 0.02, 0
+    for _ in range(1500):
+        before = (rng.random(n) < 0.95).astype(float)
+        lost = (rng.random(n) < 0.03) & (before == 1)
+        won = (rng.random(n) < (0.03 * 0.95 - truth) / 0.05) & (before == 0)
+        after = before - lost + won
+        low, high = paired_drop(before.tolist(), after.tolist())[1]
+        hits += low <= truth <= high
+    assert 0.93 <= hits / 1500 <= 0.985
+
+
+def test_the_interval_of_continuous_scores_is_the_normal_one() -> None:
+    rng = np.random.default_rng(1)
+    before, after = rng.random(400), rng.random(400)
+    drop, (low, high) = paired_drop(before.tolist(), after.tolist())
+    d = before - after
+    half = 1.959964 * d.std(ddof=1) / math.sqrt(400)
+    assert drop == pytest.approx(d.mean(), rel=1e-9)
+    assert (low, high) == pytest.approx((d.mean() - half, d.mean() + half), rel=1e-6)
+
+
+def test_an_identical_pair_is_not_certain_for_few_samples() -> None:
+    drop, (low, high) = paired_drop([1.0] * 20, [1.0] * 20)
+    assert drop == 0
+    assert low < 0 < high
+
+
+def test_what_a_budget_names() -> None:
+    assert wants_of({"p50_ms": None, "p95_ms": 3.0, "size_mb": None}) == {"latency"}
+    assert wants_of({"size_mb": 1.0}) == {"size"}
+    assert wants_of({}) == frozenset()
