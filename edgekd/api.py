@@ -320,13 +320,15 @@ def _next_folder(name: str) -> Path:
 
 
 def _copy_bundles(plan: Plan, done: Any, folder: Path) -> None:
+    """Each bundle under its final name only when it is whole."""
     import shutil
 
     for target in plan.targets:
-        there = folder / target.name
-        if there.exists():
-            shutil.rmtree(there)
-        shutil.copytree(done.artifacts[f"{target.name}.bundle"].path / "bundle", there)
+        there, partial = folder / target.name, folder / f".{target.name}.partial"
+        for old in (partial, there):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(done.artifacts[f"{target.name}.bundle"].path / "bundle", partial)
+        partial.rename(there)
 
 
 def _write_run(folder: Path, run: dict[str, Any], decisions: dict[str, Any]) -> None:

@@ -31,4 +31,6 @@ class Budget(Config):
                 notes.append(f"{name} {seen:.3f} ms is {seen / limit:.2f}x the budget of {limit:g} ms")
         if notes:
             return True, "; ".join(notes)
-        return (None, "latency was not measured") if unknown else (False, "within budget")
+        if unknown:
+            return None, "latency was not measured"
+        return False, "within budget" if any(self.model_dump().values()) else "no budget was set"

@@ -34,12 +34,12 @@ class Tune:
 
         from edgekd.data.augment import to_float
         from edgekd.models.build import load_model
-        from edgekd.stages._common import open_dataset
+        from edgekd.stages._common import open_dataset, training_device
         from edgekd.train import tune
 
         config = settings.typed(self.Config)
         dataset = open_dataset(inputs["data"], ctx)
-        images = to_float(torch.from_numpy(dataset.images(dataset.split("train")[: config.batch_size])))
+        images = to_float(torch.from_numpy(dataset.images(dataset.split("train")[: config.batch_size]))).to(training_device())
         choices = tune.options(config.autocast, config.channels_last)
         decision = {"student": tune.tune_student(*load_model(inputs["model"]), images, choices)}
         if "teacher" in inputs:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgekd.models.spec import ModelSpec
 
 _SLACK = 0.05  # a speed-up up to 5 % beyond the goal is close enough: each candidate costs an export
-_BUDGET_SECONDS = 3.0
+_BUDGET_SECONDS = 2.0
 
 
 @register("stage")
