@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -262,7 +263,7 @@ def run_code(path: Path | None) -> None:
         return
     import importlib.util
 
-    name = f"edgekd_code_{path.stem}"
+    name = f"edgekd_code_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
     if not path.is_file():

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from edgekd.console import Console
-from edgekd.errors import INTERNAL, OK, EdgekdError, ResourceError, UsageError
+from edgekd.errors import INTERNAL, INTERRUPTED, OK, EdgekdError, ResourceError, UsageError
 
 app = typer.Typer(
     name="edgekd",
@@ -45,8 +45,6 @@ def main() -> None:
 
 
 def _guarded(call: Callable[[], Any], console: Console, debug: bool) -> int:
-    import click
-
     try:
         code = call()
         return code if isinstance(code, int) else OK
@@ -55,20 +53,28 @@ def _guarded(call: Callable[[], Any], console: Console, debug: bool) -> int:
             raise
         console.error(error)
         return error.exit_code
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         return int(done.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return 130
-    except click.ClickException as error:
-        console.error(UsageError(error.format_message(), hint="edgekd --help"))
-        return UsageError.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         return OK
     except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of click, or of the copy that newer typers carry
+            return _misused(error.format_message(), console)
         if debug:
             raise
         return _unexpected(error, console)
+
+
+def _misused(message: str, console: Console) -> int:
+    """A command line that the parser refused; one without a command is answered with the help."""
+    if message.startswith("Usage:") and not console.json_mode:
+        console.data(message)
+    else:
+        console.error(UsageError(message.splitlines()[0], hint="edgekd --help"))
+    return UsageError.exit_code
 
 
 def _unexpected(error: Exception, console: Console) -> int:

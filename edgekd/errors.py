@@ -52,7 +52,7 @@ class RecipeError(UsageError):
 
     def __init__(self, problems: list[str], *, hint: str | None = None):
         self.problems = problems
-        super().__init__("\n".join(problems), hint=hint)
+        super().__init__("\n".join(problems), hint=hint or "compare with one that works: edgekd recipes show quickstart")
 
 
 # ---------------------------------------------------------------------------------------------------- 3: refused input

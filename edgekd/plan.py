@@ -19,6 +19,7 @@ from edgekd.backends import Backend
 from edgekd.config import Config, key_fields
 from edgekd.data.index import scan
 from edgekd.errors import BackendError, DeviceError
+from edgekd.models.names import user_source
 from edgekd.profile.device import load_device
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
@@ -191,7 +192,7 @@ class _Planner:
     def build(self) -> Plan:
         self.plan.targets = [_target(name, config) for name, config in self.recipe.targets.items()]
         self.plan.judge = _judge(self.plan.targets[0])
-        self._add("data", "data", self.recipe.data, {}, facts={"index": self._fingerprint()}, user=True)
+        self._add("data", "data", self.recipe.data, {}, facts=self._dataset(), user=True)
         start = self._start()
         current, graph = self._model_stages(start) if self.recipe.model.onnx is None else (None, start)
         for target in self.plan.targets:
@@ -221,8 +222,14 @@ class _Planner:
         config: Config = registry.load("stage", stage).Config(**values)
         return config
 
-    def _fingerprint(self) -> str:
-        return scan(self.recipe.data, cache_dir=self.cache_dir).fingerprint
+    def _dataset(self) -> dict[str, Any]:
+        """What is in the dataset, and the code that reads it."""
+        index, name = scan(self.recipe.data, cache_dir=self.cache_dir), self.recipe.data.format
+        return {"index": index.fingerprint, "source": _sha(registry.source_of("format", name))}
+
+    def _task(self) -> dict[str, Any]:
+        name = self.recipe.task
+        return {"task": name, "source": _sha(registry.source_of("task", name))}
 
     @property
     def judge(self) -> Target:
@@ -270,7 +277,7 @@ class _Planner:
             tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
             tune_inputs = {("teacher?" if n == "teacher" else n): r for n, r in inputs.items()}
             inputs["speed?"] = self._add(f"{name}.speed", "tune", tuned, tune_inputs, facts=_here(), unless=unless)
-        return self._add(name, stage, None, inputs, settings=settings, facts={"task": self.recipe.task}, unless=unless, user=user)
+        return self._add(name, stage, None, inputs, settings=settings, facts=self._task(), unless=unless, user=user)
 
     def _export(self, name: str, model: Ref, unless: tuple[str, Ref] | None = None) -> str:
         graph = self._add(f"{name}.export", "export", None, {"model": model, "data": "data"}, unless=unless)
@@ -290,7 +297,7 @@ class _Planner:
             "evaluate",
             self._config("evaluate", split="val"),
             inputs,
-            facts={"task": self.recipe.task} | _here(),
+            facts=self._task() | _here(),
             unless=metrics_unless,
         )
 
@@ -305,7 +312,8 @@ class _Planner:
         config = self._config(
             "compile", device=target.name, backend=target.backend, threads=target.config.threads, batch=target.config.batch
         )
-        return self._add(name, "compile", config, {"graph": graph}, facts={"runtime": _backend(target.backend).version()}, unless=unless)
+        runtime = {"runtime": _backend(target.backend).version(), "source": _sha(registry.source_of("backend", target.backend))}
+        return self._add(name, "compile", config, {"graph": graph}, facts=runtime, unless=unless)
 
     # ------------------------------------------------------------------------------------------------ the chain
     def _model_stages(self, start: Ref) -> tuple[Ref, Ref]:
@@ -348,7 +356,7 @@ class _Planner:
                 settings.config,
                 settings.method,
                 settings.method_config,
-                {"task": self.recipe.task, "judge": widths_config.model_dump(mode="json")} | _here(),
+                self._task() | {"judge": widths_config.model_dump(mode="json")} | _here(),
             ),
         )
         skip_model, skip_graph = (widths, model), (widths, graph)
@@ -358,7 +366,7 @@ class _Planner:
             None,
             {"model": model, "data": "data", "widths": widths},
             settings=settings,
-            facts={"task": self.recipe.task},
+            facts=self._task(),
             unless=skip_model,
             user=True,
         )
@@ -396,7 +404,7 @@ class _Planner:
         }
         if note is not None:
             inputs["note?"] = note
-        return self._add(f"{name}.gate", "gate", config, inputs, facts={"task": self.recipe.task} | _here(), user=True)
+        return self._add(f"{name}.gate", "gate", config, inputs, facts=self._task() | _here(), user=True)
 
     # ------------------------------------------------------------------------------------------------ targets
     def _target(self, target: Target, graph: Ref) -> None:
@@ -413,7 +421,7 @@ class _Planner:
                 None,
                 {"graph": current, "data": "data"},
                 settings=settings,
-                facts={"flavour": target.device.flavour},
+                facts={"flavour": target.device.flavour_for(target.backend)},
                 user=True,
             )
             self.plan.graphs[name] = step
@@ -453,7 +461,7 @@ class _Planner:
                 "evaluate",
                 self._config("evaluate", split="test"),
                 test_inputs,
-                facts={"task": self.recipe.task} | _here(),
+                facts=self._task() | _here(),
             )
             profile_inputs: dict[str, Ref] = {"shipped": run_engine}
             if target is self.plan.targets[0]:
@@ -475,7 +483,7 @@ class _Planner:
                 provenance=self._provenance(),
             )
             inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "test": test, "parity": parity}
-            self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts={"task": self.recipe.task}, user=True)
+            self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts=self._task(), user=True)
 
     def _provenance(self) -> dict[str, Any]:
         """What the bundle says of its origin: architectures, weights and library versions."""
@@ -490,7 +498,7 @@ class _Planner:
         model = self._model_of(fp32)
         if model is not None:
             inputs["model?"] = model
-        return self._add(f"{target.name}.parity", "parity", None, inputs, facts={"task": self.recipe.task} | _here())
+        return self._add(f"{target.name}.parity", "parity", None, inputs, facts=self._task() | _here())
 
     def _fp32_of(self, ref: Ref) -> Ref:
         """The same choice without graph-level stages."""
@@ -512,9 +520,7 @@ class _Planner:
             return None
         if not any(s.name == "teacher.test" for s in self.plan.steps):
             inputs: dict[str, Ref] = {"engine": self.plan.engines["teacher"], "data": "data"}
-            self._add(
-                "teacher.test", "evaluate", self._config("evaluate", split="test"), inputs, facts={"task": self.recipe.task} | _here()
-            )
+            self._add("teacher.test", "evaluate", self._config("evaluate", split="test"), inputs, facts=self._task() | _here())
         return "teacher.test"
 
 
@@ -530,7 +536,14 @@ def _as_model(teacher: Any) -> Any:
 
 
 def _model_facts(model: Any) -> dict[str, Any]:
-    return _file_facts(model.weights) if model.weights is not None else {}
+    """Content of the weights file, and of the user's file where that defines the architecture."""
+    from edgekd.errors import CheckpointRefused
+
+    found = _file_facts(model.weights) if model.weights is not None else {}
+    if found and model.sha256 not in (None, found["file"]):
+        raise CheckpointRefused(f"its SHA-256 is {found['file']}", where=str(model.weights), expected=model.sha256)
+    code = user_source(model.arch) if model.arch else None
+    return found | ({"code": code} if code else {})
 
 
 def _file_facts(path: Path | None) -> dict[str, Any]:

@@ -27,29 +27,37 @@ _EXAMPLE_BATCH = 2  # 1 would be taken for a constant
 def export_onnx(model: nn.Module, image_size: int, path: Path) -> dict[str, Any]:
     """Writes `path`; returns opset, nodes and whether the batch is dynamic. Raises BackendError with the exporter's reason."""
     images = torch.zeros(_EXAMPLE_BATCH, 3, image_size, image_size)
-    try:
-        program, dynamic = _export(model.eval(), images, dynamic=True), True
-    except Exception as error:  # the exporter raises many unrelated types
-        first = error
+    proto = _dynamic(model.eval(), images)
+    dynamic = proto is not None
+    if proto is None:
         try:
-            program, dynamic = _export(model, images[:1], dynamic=False), False
-        except Exception as again:
+            proto = _export(model, images[:1], dynamic=False)
+        except Exception as error:  # the exporter raises many unrelated types
             raise BackendError(
-                f"the model does not export to ONNX: {_reason(again)}",
+                f"the model does not export to ONNX: {_reason(error)}",
                 where=type(model).__name__,
                 hint="edgekd doctor; another architecture",
-            ) from first
-    proto = _clean(program.model_proto)
+            ) from error
+    proto = _clean(proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     check_onnx(path, trusted=True)
     onnx.checker.check_model(proto, full_check=True)
     return {"opset": proto.opset_import[0].version, "nodes": len(proto.graph.node), "dynamic_batch": dynamic}
 
 
-def _export(model: nn.Module, images: torch.Tensor, *, dynamic: bool) -> Any:
+def _dynamic(model: nn.Module, images: torch.Tensor) -> onnx.ModelProto | None:
+    """The graph for any batch; None where the model allows one size only, which the exporter may write down without a word."""
+    try:
+        proto = _export(model, images, dynamic=True)
+    except Exception:  # the second attempt, with a fixed batch, gives the reason
+        return None
+    return proto if proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param else None
+
+
+def _export(model: nn.Module, images: torch.Tensor, *, dynamic: bool) -> onnx.ModelProto:
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if dynamic else None
     with _quiet():
-        return torch.onnx.export(
+        program = torch.onnx.export(
             model,
             (images,),
             dynamo=True,
@@ -61,6 +69,8 @@ def _export(model: nn.Module, images: torch.Tensor, *, dynamic: bool) -> Any:
             verbose=False,
             optimize=True,
         )
+    proto: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]  # with dynamo there is a program
+    return proto
 
 
 def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:

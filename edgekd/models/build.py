@@ -12,6 +12,7 @@ from torch import nn
 
 from edgekd.artifact import Artifact
 from edgekd.errors import CheckpointRefused, InputRefused, UnknownName, UsageError, suggest
+from edgekd.models.names import user_source
 from edgekd.models.spec import ModelConfig, ModelSpec
 from edgekd.models.structure import apply_structure
 from edgekd.safeio.checkpoint import fit_state_dict, load_weights
@@ -28,9 +29,8 @@ def make_spec(config: ModelConfig, *, num_classes: int, image_size: int) -> Mode
         raise UsageError("the model has no architecture", expected="arch: NAME", hint="list them: edgekd methods list architectures")
     defaults = architecture_defaults(config.arch)
     mean, std = config.mean or defaults.get("mean", (0.5, 0.5, 0.5)), config.std or defaults.get("std", (0.5, 0.5, 0.5))
-    return ModelSpec(
-        arch=config.arch, args=config.args, num_classes=num_classes, image_size=image_size, mean=mean, std=std, timm=version("timm")
-    )
+    shape = {"arch": config.arch, "args": config.args, "num_classes": num_classes, "image_size": image_size}
+    return ModelSpec(**shape, mean=mean, std=std, timm=version("timm"), code=user_source(config.arch))
 
 
 def architecture_defaults(arch: str) -> dict[str, Any]:

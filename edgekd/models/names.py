@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,15 @@ from edgekd.errors import suggest
 def architectures() -> frozenset[str]:
     """All architecture names of the timm version that edgekd was tested with."""
     return frozenset((Path(__file__).parent / "timm_names.txt").read_text(encoding="utf-8").split())
+
+
+def user_source(name: str) -> str | None:
+    """SHA-256 of the user's own file that defines an architecture, or None for timm's: weights do not tell when code has changed."""
+    timm = sys.modules.get("timm")  # loaded by that very file, if there is one
+    if timm is None or not timm.is_model(name):
+        return None
+    module = timm.model_entrypoint(name).__module__
+    return None if module.startswith("timm.") else hashlib.sha256(inspect.getsource(sys.modules[module]).encode()).hexdigest()
 
 
 def check_architecture(name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -29,9 +30,10 @@ def published_weights(config: ModelConfig, ctx: Context, *, opener: Opener | Non
         raise UsageError(
             "published weights need the hash of the file", where="model.sha256", expected="the SHA-256 of the weights file, 64 hex digits"
         )
-    path = ctx.store.root / "downloads" / f"{config.sha256}.safetensors"
+    address = _address(str(config.arch))
+    path = ctx.store.root / "downloads" / f"{config.sha256}{Path(address).suffix}"  # the reader of checkpoints goes by it
     if not path.is_file():
-        _download(_address(str(config.arch)), config.sha256, path, opener or _open)
+        _download(address, config.sha256, path, opener or _open)
     return path
 
 
@@ -57,7 +59,7 @@ def _download(address: str, sha256: str, path: Path, opener: Opener) -> None:
                     raise CheckpointRefused(f"the file is larger than {_MAX_BYTES} bytes", where=address)
                 digest.update(chunk)
                 parts.append(chunk)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise CheckpointRefused(
             f"it cannot be downloaded: {error}", where=address, hint="download it by hand and give it as model.weights"
         ) from error

@@ -50,7 +50,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         (h, w), (batch, _, c) = self.grid, tokens.shape
-        x = tokens.view(batch, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).reshape(batch, (h // 2) * (w // 2), 4 * c)
+        even = tokens.view(batch, h, w, c)[:, : h // 2 * 2, : w // 2 * 2]  # an odd last row or column is left out
+        x = even.reshape(batch, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).reshape(batch, (h // 2) * (w // 2), 4 * c)
         out: Tensor = self.act(self.reduction(self.norm(x)))
         return out
 
@@ -65,7 +66,8 @@ class TokenBranch(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         tokens = features.flatten(1, 2) if features.ndim == 4 else features  # Swin gives (batch, h, w, c)
         merged = self.mergers(tokens[:, self.prefix :])
-        x = self.blocks(torch.cat([tokens[:, : self.prefix], merged], dim=1))
+        # Without class tokens there is nothing to join, and a hierarchy's tokens are narrower than the merged ones.
+        x = self.blocks(torch.cat([tokens[:, : self.prefix], merged], dim=1) if self.prefix else merged)
         out: Tensor = self.head(x[:, 0] if self.prefix else x.mean(1))
         return out
 

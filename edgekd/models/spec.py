@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from edgekd.config import Config
+from edgekd.config import Config, no_key
 
 Scalar = str | int | float | bool | None
 Argument = Scalar | list[Scalar]
@@ -19,12 +19,13 @@ class ModelConfig(Config):
 
     arch: str | None = Field(None, description="timm architecture, or one registered by --code")
     args: dict[str, Argument] = Field(default_factory=dict, description="arguments of the architecture")
-    weights: Path | None = Field(None, description="safetensors file or checkpoint with the weights to start from")
+    # Content hashes of both files are in the keys instead, so a file may move without a rebuild.
+    weights: Path | None = no_key(None, "safetensors file or checkpoint with the weights to start from")
     pretrained: bool = Field(False, description="start from timm's published weights (needs --allow-download)")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="hash that the weights file must have")
     mean: Triple | None = Field(None, description="channel means of the normalisation; default: the architecture's own")
     std: Triple | None = Field(None, description="channel deviations of the normalisation; default: the architecture's own")
-    onnx: Path | None = Field(None, description="an existing ONNX file instead of an architecture (graph stages only)")
+    onnx: Path | None = no_key(None, "an existing ONNX file instead of an architecture (graph stages only)")
 
 
 class ModelSpec(Config):
@@ -38,3 +39,4 @@ class ModelSpec(Config):
     std: Triple
     structure: dict[str, Any] = Field(default_factory=dict, description="structural diff against the base architecture")
     timm: str = Field(description="timm version that the diff was made with")
+    code: str | None = Field(None, description="SHA-256 of the user's file that defines the architecture")

@@ -6,6 +6,7 @@ hooks during one traced forward pass. Widths are read from that pass, so pruned 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def stage_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
     shapes = _trace(model, image_size)
     info = _feature_modules(model)
     named = [name for name in info if name in shapes]
-    if len(named) < 2:  # a model without timm's interface
+    if not named:  # a model without timm's interface
         return tuple(_tap(model, name, shapes[name]) for name in _by_stride(shapes)[-STAGES:])
     taps = [_tap(model, name, shapes[name]) for name in named]
     if len({t.grid for t in taps}) == 1:  # uniform: ViT, Mixer
@@ -76,7 +77,7 @@ def family(taps: tuple[Tap, ...], model: nn.Module) -> str:
         return "cnn"
     if taps[-1].layout == "NHWC":
         return "swin"
-    return "vit" if any("attention" in type(m).__name__.lower() for m in model.modules()) else "mlp"
+    return "vit" if any("att" in type(m).__name__.lower() for m in model.modules()) else "mlp"
 
 
 def _uniform(depth: int) -> list[int]:
@@ -130,8 +131,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _tap(model: nn.Module, name: str, shape: tuple[int, ...]) -> Tap:
     if len(shape) == 3:
-        prefix = int(getattr(model, "num_prefix_tokens", 0))
-        side = int((shape[1] - prefix) ** 0.5)
+        own = int(getattr(model, "num_prefix_tokens", 0))
+        # Some models (CaiT, XCiT) join the class token after these blocks only: images are square, so the patch tokens are too.
+        prefix = next((n for n in (own, 0) if math.isqrt(shape[1] - n) ** 2 == shape[1] - n), own)
+        side = math.isqrt(shape[1] - prefix)
         return Tap(name, "NLC", shape[2], (side, (shape[1] - prefix) // max(side, 1)), prefix)
     if getattr(model, "output_fmt", None) == "NHWC":
         return Tap(name, "NHWC", shape[3], (shape[1], shape[2]))

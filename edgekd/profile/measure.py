@@ -27,7 +27,7 @@ _WARM_WINDOW, _WARM_CHANGE = 5, 0.03  # runs per window; settled when two window
 _WARM_MAX_RUNS, _WARM_BUDGET_SHARE = 200, 0.2  # the share is of the budget, for all sessions together
 _BLOCK_NS, _BLOCK_MIN, _BLOCK_MAX = 20_000_000, 3, 50  # a block lasts about 20 ms
 _ENOUGH = 0.01  # stop when the interval of every median is this narrow on both sides
-_HARD_LIMIT = 4  # times the budget: the end even for fewer than min_rounds
+_HARD_LIMIT = 20  # times the budget: the end even for fewer than min_rounds; a slow model (0.5 s an image) still gets them
 _RESAMPLES = 1000
 
 
@@ -75,7 +75,7 @@ def measure(
 ) -> dict[str, Samples]:
     """Times of all sessions, interleaved; stops when every median is known within 1 % or the budget is spent.
 
-    `min_rounds` are made even beyond the budget, up to four times it; fewer than that is `incomplete`. Raises UsageError for no session,
+    `min_rounds` are made even beyond the budget, up to twenty times it; fewer than that is `incomplete`. Raises UsageError for no session,
     and whatever a session raises.
     """
     if not sessions or set(sessions) != set(feeds):

@@ -1,6 +1,6 @@
 """BatchNorm scale: a channel that its BatchNorm multiplies by little matters least; meant for nets trained with an L1 penalty on it.
 
-Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
+Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """L1 magnitude: a unit whose weights are small, over all tensors of its group, matters least.
 
-Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, summed over groups as in DepGraph, CVPR 2023.
+Source: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, summed over groups as in DepGraph, CVPR 2023.
 """
 
 from __future__ import annotations

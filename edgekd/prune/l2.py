@@ -1,6 +1,6 @@
 """L2 magnitude: the squared weights of a unit, over all tensors of its group.
 
-Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, summed over groups as in DepGraph, CVPR 2023.
+Source: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, summed over groups as in DepGraph, CVPR 2023.
 """
 
 from __future__ import annotations

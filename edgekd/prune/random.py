@@ -1,4 +1,7 @@
-"""Random units: the control that every other criterion has to beat."""
+"""Random units: the control that every other criterion has to beat.
+
+Source: none; the baseline of Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, section 4.4.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """First-order Taylor: how much the loss is expected to move when a unit is set to zero.
 
-Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, summed over groups as in DepGraph, CVPR 2023.
+Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, summed over groups as in DepGraph, CVPR 2023.
 """
 
 from __future__ import annotations

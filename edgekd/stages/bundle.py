@@ -31,14 +31,14 @@ _TOLERANCE = {"fp32": 1e-3, "int8": 0.5}  # of an output; int8 kernels differ be
 @register("stage")
 class Bundle:
     class Config(Base):
-        target: str
-        device: str
-        backend: str
-        measured: bool
-        recipe: str
-        threads: int = 1
-        budget: Budget = Field(default_factory=Budget)
-        provenance: dict[str, Any] = Field(default_factory=dict)
+        target: str = Field(description="name of the target")
+        device: str = Field(description="device profile")
+        backend: str = Field(description="runtime of the target")
+        measured: bool = Field(description="True: this machine is the target")
+        recipe: str = Field(description="name of the recipe")
+        threads: int = Field(1, ge=1, description="threads of the runtime")
+        budget: Budget = Field(default_factory=Budget, description="what the target must stay below")
+        provenance: dict[str, Any] = Field(default_factory=dict, description="architectures and library versions")
 
     takes: Mapping[str, Kind] = {
         "graph": Kind.GRAPH,

@@ -28,8 +28,8 @@ class RunConfig(Base):
 
     device: str = Field("host", description="device profile")
     backend: str = Field("onnxruntime", description="runtime")
-    threads: int = Field(1, ge=1)
-    batch: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, description="threads of the runtime")
+    batch: int = Field(1, ge=1, description="images per inference")
 
 
 @register("stage")

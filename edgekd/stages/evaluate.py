@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
 from edgekd.errors import DataRefused
@@ -29,7 +31,7 @@ _BATCH = 64
 @register("stage")
 class Evaluate:
     class Config(Base):
-        split: Literal["train", "val", "test"] = "val"
+        split: Literal["train", "val", "test"] = Field("val", description="which part of the dataset")
 
     takes: Mapping[str, Kind] = {"engine": Kind.ENGINE, "data": Kind.DATA, "teacher?": Kind.METRICS}
     gives = Kind.METRICS

@@ -28,8 +28,8 @@ class Gate:
     class Config(RunConfig):
         enabled: bool = Field(True, description="False keeps everything and says so")
         timed: bool = Field(True, description="False: the target is not here, so latency is not judged")
-        accuracy_drop_max: float = Field(0.01, ge=0, le=1)
-        budget: Budget = Field(default_factory=Budget)
+        accuracy_drop_max: float = Field(0.01, ge=0, le=1, description="largest drop of the metric against the reference, absolute")
+        budget: Budget = Field(default_factory=Budget, description="what the target must stay below; it says what a gain is")
 
     takes: Mapping[str, Kind] = {
         "before": Kind.ENGINE,

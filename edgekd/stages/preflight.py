@@ -36,25 +36,25 @@ _BATCH = 4
 class Probe(Base):
     """One listed stage, as far as preflight must know it."""
 
-    stage: str
-    name: str
-    method: str | None = None
-    config: dict[str, Any] = Field(default_factory=dict)
+    stage: str = Field(description="its kind")
+    name: str = Field(description="its name in the recipe")
+    method: str | None = Field(None, description="its method")
+    config: dict[str, Any] = Field(default_factory=dict, description="settings of the method")
 
 
 class Place(Base):
     """One target that this machine can run."""
 
-    device: str
-    backend: str
-    threads: int = 1
+    device: str = Field(description="device profile")
+    backend: str = Field(description="runtime")
+    threads: int = Field(1, ge=1, description="threads of the runtime")
 
 
 @register("stage")
 class Preflight:
     class Config(Base):
-        probes: tuple[Probe, ...] = ()
-        places: tuple[Place, ...] = ()
+        probes: tuple[Probe, ...] = Field((), description="the recipe's stages")
+        places: tuple[Place, ...] = Field((), description="targets that this machine can run")
 
     takes: Mapping[str, Kind] = {"student": Kind.MODEL, "teacher?": Kind.MODEL, "data": Kind.DATA}
     gives = Kind.DECISION
@@ -141,7 +141,10 @@ def _build_all(config: Any, student: nn.Module, spec: ModelSpec) -> list[str]:
         for place in config.places:
             with _named(f"compile for {place.device}"):
                 backend, device = registry.load("backend", place.backend)(), load_device(place.device)
-                for name, file in [("fp32", graph), *_quantized(config, graph, Path(folder), images, device.flavour, fixed)]:
+                for name, file in [
+                    ("fp32", graph),
+                    *_quantized(config, graph, Path(folder), images, device.flavour_for(place.backend), fixed),
+                ]:
                     target = Path(folder) / f"{place.device}-{name}"
                     target.mkdir()
                     meta = backend.convert(file, device, target, {})

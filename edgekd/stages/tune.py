@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @register("stage")
 class Tune:
     class Config(Base):
-        autocast: Literal["auto", "off", "bf16"] = "auto"
-        channels_last: Literal["auto", "off", "on"] = "auto"
-        batch_size: int = Field(64, ge=1)
+        autocast: Literal["auto", "off", "bf16"] = Field("auto", description="what the stage's settings leave open")
+        channels_last: Literal["auto", "off", "on"] = Field("auto", description="what the stage's settings leave open")
+        batch_size: int = Field(64, ge=1, description="images of a measured step")
 
     takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA, "teacher?": Kind.MODEL}
     gives = Kind.DECISION

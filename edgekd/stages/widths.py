@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind
 from edgekd.registry import register
@@ -32,7 +34,7 @@ _BUDGET_SECONDS = 2.0
 @register("stage")
 class Widths:
     class Config(RunConfig):
-        gate: bool = True
+        gate: bool = Field(True, description="False goes on with a model that became slower")
 
     takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA}
     gives = Kind.DECISION
@@ -56,7 +58,7 @@ class Widths:
 def _judged(found: Mapping[str, Any], gate: bool) -> dict[str, Any]:
     """Whether the segment goes on; latency alone is judged here."""
     if found["error"]:
-        return {"chosen": "before", "verdict": "rolled back", "why": f"the pruned model does not build: {found['error']}"}
+        return {"chosen": "before", "verdict": "rolled back", "why": f"the pruned model cannot be judged: {found['error']}"}
     if gate and found["ci95"] and found["ci95"][1] < 1 and found["goal"] in ("speedup", "latency_ms"):
         why = f"pruned, it is slower: {1 / found['speedup']:.2f}x the latency; widths were kept to multiples of {found['quantum']}"
         return {"chosen": "before", "verdict": "rolled back", "why": why}
@@ -128,7 +130,7 @@ class _Candidates:
         session = self._open(self.base)
         feeds = self._feeds()
         p50 = measure({"base": session}, {"base": feeds}, budget_s=_BUDGET_SECONDS)["base"].summary()["p50"]
-        return float(p50)
+        return float(_known(p50))
 
     def _kept(self, ratio: float, goal: str) -> float:
         _, report = self._cut(ratio)
@@ -148,6 +150,7 @@ class _Candidates:
         sessions = {"base": self._open(self.base), "candidate": self._open(self._export(candidate, f"{ratio:.4f}"))}
         samples = m.measure(sessions, dict.fromkeys(sessions, self._feeds()), budget_s=_BUDGET_SECONDS)
         found: dict[str, Any] = m.ratio(samples["base"], samples["candidate"])
+        _known(found["ratio"])
         return found
 
     def _cut(self, ratio: float) -> tuple[nn.Module, Any]:
@@ -178,3 +181,12 @@ class _Candidates:
 
         side = self.spec.image_size
         return {INPUT: np.random.default_rng(0).standard_normal((self.judge.batch, 3, side, side), dtype=np.float32)}
+
+
+def _known(value: float | None) -> float:
+    """A measured value; raises BackendError where the runtime was too slow to give one."""
+    from edgekd.errors import BackendError
+
+    if value is None:
+        raise BackendError("the model is too slow to be measured", hint="prune to a fraction of operations instead: target: {macs: 0.5}")
+    return value

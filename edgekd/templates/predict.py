@@ -48,6 +48,8 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
+    if bundle["postprocess"]["kind"] != "softmax":
+        sys.exit("write this task's own post-processing here: " + json.dumps(bundle["postprocess"], sort_keys=True))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = bundle["threads"]
     session = onnxruntime.InferenceSession(str(HERE / bundle["model_file"]), options, providers=["CPUExecutionProvider"])

@@ -188,7 +188,7 @@ class _Run:
         values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
         for name, value in values.items():
             if not _finite(value):
-                rate = learning_rate(self.job.cfg, self.step, self.total)
+                rate = self._rate(self.step)
                 before = self.last_finite.get(name)
                 raise TrainingDiverged(
                     f"loss term '{name}' is {value} at step {self.step} (learning rate {rate:.3g}, last finite value {before})",
@@ -201,19 +201,35 @@ class _Run:
 
     def _update(self) -> None:
         cfg = self.job.cfg
-        rate = learning_rate(cfg, self.step - 1, self.total)
+        rate = self._rate(self.step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not _finite(float(norm)):  # before the optimizer, so that weights, checkpoints and results stay finite
+            raise self._bad_gradient(float(norm))
         if cfg.clip_grad:
-            norm = nn.utils.clip_grad_norm_(self.trained.parameters(), cfg.clip_grad)
-            if not _finite(float(norm)):
-                raise TrainingDiverged(
-                    f"the gradient norm is {float(norm)} at step {self.step}", where=self.job.name, expected="finite gradients"
-                )
+            nn.utils.clip_grads_with_norm_(self.trained.parameters(), cfg.clip_grad, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.update(self.model, self.step)
+            self.average.update(self.model, -(-self.step // cfg.accumulate))
+
+    def _rate(self, batch: int) -> float:
+        """The learning rate of the optimizer step that a batch belongs to: accumulating does not change the schedule."""
+        each = self.job.cfg.accumulate
+        return learning_rate(self.job.cfg, batch // each, -(-self.total // each))
+
+    def _bad_gradient(self, norm: float) -> TrainingDiverged:
+        named = ((n, p.grad) for n, p in self.trained.named_parameters() if p.grad is not None)
+        bad = next((n.partition(".")[2] for n, g in named if not bool(g.isfinite().all())), "")
+        what = f"the gradient of '{bad}' is not finite" if bad else f"the gradient norm is {norm}"
+        return TrainingDiverged(
+            f"{what} at step {self.step - 1} (learning rate {self._rate(self.step - 1):.3g})",
+            where=self.job.name,
+            expected="finite gradients",
+            hint=f"lower the rate, or turn bf16 off: -o {self.job.name}.lr={self.job.cfg.lr / 3:.2g} -o {self.job.name}.autocast=off",
+        )
 
     # ------------------------------------------------------------------------------------------------ logging and val
     def _log(self, values: dict[str, float], epoch: int) -> None:
@@ -222,7 +238,7 @@ class _Run:
         if self.step % self.per_epoch:
             return
         terms = {n: v / self.per_epoch for n, v in self.sums.items()}
-        rate = learning_rate(self.job.cfg, self.step - 1, self.total)
+        rate = self._rate(self.step - 1)
         row = {"step": self.step, "epoch": epoch + 1, "loss": sum(terms.values()), "terms": terms, "lr": rate, "val_metric": None}
         evaluations, epochs = self.job.cfg.evaluations, self.job.cfg.epochs
         if (epoch + 1) * evaluations // epochs > epoch * evaluations // epochs:
@@ -278,6 +294,9 @@ class _Run:
         if self.best:
             model.load_state_dict(self.best["state"])
         kept = model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+        for name, tensor in kept.state_dict().items():
+            if not bool(tensor.isfinite().all()):  # what would be published could not be read again
+                raise TrainingDiverged(f"'{name}' is not finite at the end", where=self.job.name, expected="finite weights")
         return Trained(kept, self.curves, self.total, self.total * self.job.cfg.batch_size)
 
 

@@ -150,7 +150,7 @@ class Bench:
         bench, calls = self, iter(range(10**9))
 
         class Fake:
-            input_names = output_names = ["x"]  # noqa: RUF012 never changed
+            input_names = output_names = ["x"]
 
             def run(self, feeds: Any) -> list[Any]:
                 bench.log.append(name)

@@ -1,0 +1,169 @@
+"""A user's own trained model and no teacher: export, quantize, prune, train and import, one command each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support import REPOSITORY, Result, run_here, write_images
+
+RESNET_CIFAR = REPOSITORY / "recipes" / "cifar10" / "resnet_cifar.py"
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("single-home")
+
+
+@pytest.fixture(autouse=True)
+def _store(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKD_HOME", str(own_store))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of JPEGs, one of which does not decode."""
+    data = write_images(tmp_path_factory.mktemp("photos") / "data", each=16, suffix=".jpg")
+    (data / "class2" / "015.jpg").write_bytes(b"\xff\xd8\xff no jpeg")
+    return data
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import timm
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), path)
+    return path
+
+
+def single(command: str, model: Path, data: Path, out: Path, *more: str) -> Result:
+    arch = ("--arch", "resnet10t") if model.suffix != ".onnx" else ()
+    skip = ("-o", "data.on_bad_image=skip", "-o", "data.max_bad=0.1")
+    return run_here(command, model, "--data", data, "--image-size", "32", *arch, *skip, *more, "--out", out, "--json")
+
+
+def bundle_of(result: Result) -> Path:
+    return Path(result.json()["targets"][0]["bundle"])
+
+
+@pytest.fixture(scope="module")
+def exported(weights: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory, own_store: Path) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEKD_HOME", str(own_store))
+        return single("export", weights, photos, tmp_path_factory.mktemp("export") / "run")
+
+
+def test_export_gives_a_verified_bundle_and_a_report_and_names_the_image_it_left_out(exported: Result) -> None:
+    assert exported.code == 0, exported.err
+    run = exported.json()
+    assert run["targets"][0]["precision"] == "fp32"
+    assert "class2/015.jpg" in exported.err
+    assert Path(run["report"]).is_file()
+    assert run_here("verify", bundle_of(exported)).code == 0
+    assert json.loads((bundle_of(exported) / "bundle.json").read_text())["labels"] == ["class0", "class1", "class2"]
+
+
+def test_the_exported_graph_computes_what_the_weights_do(exported: Result, weights: Path) -> None:
+    import numpy as np
+    import onnxruntime
+    import timm
+    from safetensors.torch import load_file
+
+    model = timm.create_model("resnet10t", num_classes=3)
+    model.load_state_dict(load_file(weights))
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.eval()(images).numpy()
+    session = onnxruntime.InferenceSession(bundle_of(exported) / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_quantize_of_weights_and_of_their_onnx_file_both_ship_int8(exported: Result, weights: Path, photos: Path, tmp_path: Path) -> None:
+    onnx = Path(shutil.copyfile(bundle_of(exported) / "model.onnx", tmp_path / "mine.onnx"))
+    for model in (weights, onnx):
+        result = single("quantize", model, photos, tmp_path / f"run-{model.suffix[1:]}", "--no-gate")
+        assert result.code in (0, 4), result.err  # 4: random weights need not keep their labels in int8
+        [target] = result.json()["targets"]
+        assert target["precision"] == "int8"
+        assert target["size_bytes"] < onnx.stat().st_size / 2
+        assert run_here("verify", target["bundle"]).code == 0
+
+
+def test_a_quantize_that_costs_accuracy_is_rolled_back_with_its_reason(
+    exported: Result, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekd.stages import gate
+
+    monkeypatch.setattr(gate, "paired_drop", lambda *_: (0.5, (0.4, 0.6)))
+    monkeypatch.setenv("EDGEKD_HOME", str(tmp_path / "home"))  # the faked verdict stays out of the shared store
+    result = single("quantize", bundle_of(exported) / "model.onnx", photos, tmp_path / "run")
+    assert result.code == 0, result.err
+    [stage] = [s for s in result.json()["stages"] if s["kind"] == "quantize"]
+    assert stage["verdict"] == "rolled back"
+    assert "50.00 points" in stage["reason"]
+    assert result.json()["targets"][0]["precision"] == "fp32"
+
+
+def test_prune_searches_for_a_measured_speed_up_and_recovers(weights: Path, photos: Path, tmp_path: Path) -> None:
+    few = ("-o", "prune.evaluations=2", "--recover", "1", "--no-gate")
+    result = single("prune", weights, photos, tmp_path / "run", "--speedup", "1.2", *few)
+    assert result.code in (0, 4), result.err
+    run = result.json()
+    assert [(s["name"], s["kind"]) for s in run["stages"]][:2] == [("prune", "prune"), ("recover", "train")]
+    decision = json.loads((tmp_path / "run" / "decisions.json").read_text())["prune.widths"]
+    assert (decision["goal"], decision["target"]) == ("speedup", 1.2)
+    assert 1 <= len(decision["trials"]) <= 2
+    assert decision["speedup"] > 0
+    before, after = decision["macs"]
+    assert after < before
+    assert run["targets"][0]["size_bytes"] < weights.stat().st_size
+
+
+def test_train_from_scratch_learns_colours(photos: Path, tmp_path: Path) -> None:
+    more = ("--image-size", "32", "--epochs", "6", "-o", "train.batch_size=8", "-o", "data.on_bad_image=skip", "-o", "data.max_bad=0.1")
+    result = run_here("train", "resnet10t", "--data", photos, *more, "--out", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    assert result.json()["targets"][0]["metric"] > 0.5  # chance is a third
+
+
+def test_data_that_is_not_there_is_3(weights: Path, tmp_path: Path) -> None:
+    result = run_here("export", weights, "--arch", "resnet10t", "--data", tmp_path / "nowhere")
+    assert result.code == 3
+    assert "nowhere" in result.err
+
+
+# ------------------------------------------------------------------------------------------------------------ import
+def test_import_of_a_th_checkpoint_with_module_prefixes_and_user_code(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import load_file
+
+    assert run_here("check", "quickstart", "--code", RESNET_CIFAR).code == 0  # registers the architectures
+    state = timm.create_model("resnet20_cifar").state_dict()
+    checkpoint = {"state_dict": {f"module.{n}": t for n, t in state.items()}, "best_prec1": 91.7, "epoch": 3}
+    torch.save(checkpoint, tmp_path / "resnet20.th")
+    args = ("--arch", "resnet20_cifar", "--code", RESNET_CIFAR, "--out", tmp_path / "out.safetensors", "--json")
+    result = run_here("import", tmp_path / "resnet20.th", *args)
+    assert result.code == 0, result.err
+    found = result.json()
+    assert (found["num_classes"], found["tensors"]) == (10, len(state))
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert set(loaded) == set(state)
+    assert all(torch.equal(loaded[n], state[n]) for n in state)
+
+
+def test_import_does_not_overwrite_what_it_reads(tmp_path: Path, weights: Path) -> None:
+    copy = Path(shutil.copyfile(weights, tmp_path / "w.safetensors"))
+    result = run_here("import", copy, "--arch", "resnet10t")
+    assert result.code == 2
+    assert "--out" in result.err
+    assert copy.read_bytes() == weights.read_bytes()

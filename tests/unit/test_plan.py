@@ -1,0 +1,509 @@
+"""Planning: the steps of a recipe, their wiring by kind, and keys that change with everything that can change a result and with nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgekd import registry
+from edgekd.artifact import Kind, digest_of
+from edgekd.config import Config
+from edgekd.errors import BackendError, CheckpointRefused, FileMissing
+from edgekd.plan import Choice, Plan, Ref, Step, build_plan, state_of
+from edgekd.recipe import load
+from edgekd.stages._stage import Settings
+
+REPOSITORY = Path(__file__).parents[2]
+HEAD = "version: 1\ndata: {format: digits, image_size: 32}\n"
+BARE = HEAD + "model: {arch: resnet10t}\n"
+TAUGHT = BARE + "teacher: {arch: resnet18, train: {epochs: 2}}\n"
+CHAIN = (
+    TAUGHT
+    + "stages:\n  - distill: {epochs: 3}\n  - prune: {target: {macs: 0.5}}\n  - train: {name: recover, epochs: 2}\n  - quantize: {}\n"
+)
+TWICE = CHAIN.replace(
+    "  - quantize", "  - prune: {name: again, target: {params: 0.5}}\n  - distill: {name: recover2, epochs: 2}\n  - quantize"
+)
+RECIPES = {
+    "quickstart": "",
+    "no stages, no teacher": BARE,
+    "trained, no teacher": BARE + "stages: [{train: {epochs: 2}}]\n",
+    "pruned at once": BARE + "stages: [{prune: {target: {macs: 0.5}}}, {train: {epochs: 2}}]\n",
+    "quantized only": BARE + "stages: [{quantize: {}}]\n",
+    "fixed speed": BARE + "stages: [{train: {epochs: 2, autocast: 'off', channels_last: 'off'}}]\n",
+    "teacher with weights": BARE + "teacher: {arch: resnet18, weights: teacher.safetensors}\nstages: [{distill: {epochs: 2}}]\n",
+    "ONNX file": HEAD + "model: {onnx: model.onnx}\nstages: [{quantize: {}}]\n",
+    "two prunes": TWICE,
+    "two targets": CHAIN + "targets: {host: {}, rpi5: {budget: {p95_ms: 40}}}\n",
+    "away first": CHAIN + "targets: {rpi5: {}, host: {precision: fp32}}\n",
+    "baseline": CHAIN + "baselines: [student]\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.onnx", "teacher.safetensors"):
+        (tmp_path / name).write_bytes(name.encode())  # planning hashes these files and reads no further
+    return tmp_path
+
+
+def planned(recipe: str, *overrides: str, gate: bool = True) -> Plan:
+    if text := RECIPES.get(recipe, recipe):
+        Path("r.yaml").write_text(text)
+    return build_plan(load("r.yaml" if text else "quickstart", overrides), gate=gate)
+
+
+def names(recipe: str) -> list[str]:
+    return [s.name for s in planned(recipe).steps]
+
+
+def taught(name: str) -> list[str]:
+    return [f"{name}.speed", name, f"{name}.export", f"{name}.engine", f"{name}.val"]
+
+
+def cut(name: str) -> list[str]:
+    return [f"{name}.widths", name, f"{name}.export", f"{name}.engine", f"{name}.val"]
+
+
+def rounded(name: str) -> list[str]:
+    return [name, f"{name}.engine", f"{name}.val", f"{name}.gate"]
+
+
+def ended(target: str, *, check: bool = False, teacher: bool = False) -> list[str]:
+    first = ["compile", "check"] if check else ["compile"]
+    return (
+        [f"{target}.{s}" for s in first] + ["teacher.test"] * teacher + [f"{target}.{s}" for s in ("test", "profile", "parity", "bundle")]
+    )
+
+
+def start(*, teacher: str = "") -> list[str]:
+    return ["data", "student", *([teacher] if teacher else []), "preflight"]
+
+
+STUDENT = ["student.export", "student.engine", "student.val"]
+TEACHER = [*start(teacher="teacher.init"), *taught("teacher")]
+SEGMENT = [*cut("prune"), *taught("recover"), "prune.gate"]
+
+
+# ------------------------------------------------------------------------------------------------------------ steps
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("quickstart", [*TEACHER, *taught("distill"), *SEGMENT, *rounded("quantize"), *ended("host", teacher=True)]),
+        ("no stages, no teacher", [*start(), *STUDENT, *ended("host")]),
+        ("trained, no teacher", [*start(), *taught("train"), *ended("host")]),
+        ("pruned at once", [*start(), *STUDENT, *cut("prune"), *taught("train"), "prune.gate", *ended("host")]),
+        ("quantized only", [*start(), *STUDENT, *rounded("quantize"), *ended("host")]),
+        ("fixed speed", [*start(), *taught("train")[1:], *ended("host")]),
+        (
+            "teacher with weights",
+            [
+                *start(teacher="teacher"),
+                "teacher.export",
+                "teacher.engine",
+                "teacher.val",
+                *taught("distill"),
+                *ended("host", teacher=True),
+            ],
+        ),
+        ("ONNX file", ["data", "model", "model.engine", "model.val", *rounded("quantize"), *ended("host")]),
+        (
+            "two prunes",
+            [
+                *(*TEACHER, *taught("distill"), *SEGMENT, *cut("again"), *taught("recover2"), "again.gate"),
+                *(*rounded("quantize"), *ended("host", teacher=True)),
+            ],
+        ),
+        (
+            "two targets",
+            [
+                *(*TEACHER, *taught("distill"), *SEGMENT, *rounded("quantize"), *rounded("quantize@rpi5")),
+                *(*ended("host", teacher=True), *ended("rpi5", check=True)),
+            ],
+        ),
+        (
+            "away first",
+            [*TEACHER, *taught("distill"), *SEGMENT, *rounded("quantize"), *ended("rpi5", check=True, teacher=True), *ended("host")],
+        ),
+        (
+            "baseline",
+            [*TEACHER, *taught("distill"), *SEGMENT, *rounded("quantize"), *taught("student alone"), *ended("host", teacher=True)],
+        ),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_recipe_has_the_steps_that_it_needs_in_order(recipe: str, expected: list[str]) -> None:
+    assert names(recipe) == expected
+
+
+def test_every_recipe_of_this_file_is_expected_somewhere() -> None:
+    [mark] = [m for m in test_a_recipe_has_the_steps_that_it_needs_in_order.pytestmark if m.name == "parametrize"]  # type: ignore[attr-defined]
+    assert {p[0] for p in mark.args[1]} == set(RECIPES)
+
+
+def test_a_target_that_is_away_is_judged_here_and_compiled_for_itself() -> None:
+    plan = planned("away first")
+    assert plan.judge is not None
+    assert (plan.judge.name, plan.judge.backend, plan.judge.runs_here) == ("host", "onnxruntime", True)
+    assert [t.runs_here for t in plan.targets] == [False, True]
+    assert plan.step("rpi5.compile").settings.config.device == "rpi5"  # type: ignore[attr-defined]
+    assert plan.step("rpi5.test").inputs["engine"] == "rpi5.check"
+    assert plan.step("prune.gate").settings.config.timed is False  # type: ignore[attr-defined]
+    assert plan.step("rpi5.bundle").settings.config.measured is False  # type: ignore[attr-defined]
+
+
+def test_each_target_is_quantized_in_the_flavour_of_its_device() -> None:
+    plan = planned("two targets")
+    flavours = {n: plan.step(n).settings.facts["flavour"] for n in ("quantize", "quantize@rpi5")}
+    assert flavours["quantize@rpi5"] == "s8s8"
+    assert flavours["quantize"] == plan.targets[0].device.flavour_for("onnxruntime")
+
+
+def test_the_baseline_trains_as_long_as_the_first_learning_stage_and_without_a_teacher() -> None:
+    step = planned("baseline").step("student alone")
+    assert step.stage == "train"
+    assert step.settings.config.epochs == 3  # type: ignore[attr-defined]
+    assert step.inputs["model"] == "student"
+
+
+def test_a_device_without_a_backend_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = registry.names
+    monkeypatch.setattr(registry, "names", lambda kind: () if kind == "backend" else real(kind))
+    with pytest.raises(BackendError, match="edgekd has no backend for 'host'"):
+        planned("no stages, no teacher")
+
+
+# ------------------------------------------------------------------------------------------------------------ wiring
+def refs(ref: Ref) -> Iterator[str]:
+    """Every step that a reference may stand for."""
+    if isinstance(ref, str):
+        yield ref
+    else:
+        yield from refs(ref.before)
+        yield from refs(ref.after)
+
+
+def decisions(ref: Ref) -> Iterator[str]:
+    if isinstance(ref, Choice):
+        yield ref.decision
+        yield from decisions(ref.before)
+        yield from decisions(ref.after)
+
+
+def asked(step: Step, name: str) -> Kind:
+    takes = registry.load("stage", step.stage).takes
+    kind: Kind = takes["*"] if name.startswith("*") else takes[name]
+    return kind
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_input_is_of_the_kind_that_its_stage_takes_and_made_before(recipe: str) -> None:
+    made: dict[str, Kind] = {}
+    plan = planned(recipe)
+    for step in plan.steps:
+        for name, ref in step.inputs.items():
+            assert {made[s] for s in refs(ref)} == {asked(step, name)}, (step.name, name)
+            assert {made[d] for d in decisions(ref)} <= {Kind.DECISION}, (step.name, name)
+        if step.unless is not None:
+            decision, instead = step.unless
+            assert made[decision] is Kind.DECISION
+            readers = [s for s in plan.steps if any(step.name in {*refs(r), *decisions(r)} for r in s.inputs.values())]
+            alone = all(
+                r.unless is not None and r.unless[0] == decision for r in readers
+            )  # skipped with it, so nobody reads what stands for it
+            assert {made[s] for s in refs(instead)} == {step.gives} or alone, step.name
+        assert step.name not in made
+        made[step.name] = step.gives
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_step_has_all_inputs_that_its_stage_must_have(recipe: str) -> None:
+    for step in planned(recipe).steps:
+        takes = registry.load("stage", step.stage).takes
+        assert {n for n in takes if not n.endswith("?") and n != "*"} <= step.inputs.keys(), step.name
+        assert {n for n in step.inputs if not n.startswith("*")} <= takes.keys(), step.name
+        assert isinstance(step.settings.config, registry.load("stage", step.stage).Config) or step.stage == "widths"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_ships_goes_through_every_gate_of_its_target(recipe: str) -> None:
+    plan = planned(recipe)
+    gates = {target: [d for d in decisions(ref) if d.endswith(".gate")] for target, ref in plan.shipped.items()}
+    for target, found in gates.items():
+        expected = {s.gate for s in plan.segments if "@" not in s.gate or s.gate.split("@")[1] == f"{target}.gate"}
+        graph_level = {g for g in expected if g == "quantize.gate" and target != plan.targets[0].name}
+        assert set(found) == expected - graph_level, target
+
+
+def test_a_second_segment_starts_from_what_the_first_gate_chose() -> None:
+    plan = planned("two prunes")
+    chosen = Choice("prune.gate", "distill", "recover")
+    assert plan.step("again").inputs["model"] == chosen
+    assert plan.step("again").unless == ("again.widths", chosen)
+    assert plan.step("again.gate").inputs["before"] == Choice("prune.gate", "distill.engine", "recover.engine")
+    assert plan.step("again.engine").unless == ("again.widths", Choice("prune.gate", "distill.engine", "recover.engine"))
+
+
+# ------------------------------------------------------------------------------------------------------------ keys
+def keys(plan: Plan, seed: int | None = None) -> dict[str, str]:
+    """Keys as a run finds them whose steps give other bytes for another key, and whose gates keep everything."""
+    found: dict[str, str] = {}
+
+    def digest(ref: Ref) -> str:
+        return found[ref] if isinstance(ref, str) else digest(ref.after)
+
+    for step in plan.steps:
+        found[step.name] = step.key({n: digest(r) for n, r in step.inputs.items()}, plan.loaded.recipe.seed if seed is None else seed)
+    return found
+
+
+def changed(before: Plan, after: Plan) -> set[str]:
+    old, new = keys(before), keys(after)
+    return {n for n in new if old.get(n) != new[n]}
+
+
+def test_planning_twice_gives_the_same_keys_and_equal_work_is_one_entry() -> None:
+    first = keys(planned("two targets"))
+    assert keys(planned("two targets")) == first
+    sharing = [{n for n, k in first.items() if k == key} for key in set(first.values())]
+    assert sorted(map(sorted, (s for s in sharing if len(s) > 1))) == [
+        ["host.compile", "quantize.engine"],
+        ["quantize@rpi5.engine", "rpi5.check"],
+    ]
+
+
+def after(plan: Plan, name: str) -> set[str]:
+    """The step and everything that depends on it."""
+    found = {name}
+    for step in plan.steps:
+        if any({*refs(r), *decisions(r)} & found for r in step.inputs.values()):
+            found.add(step.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("distill.epochs=4", "distill"),
+        ("distill.temperature=2", "distill"),
+        ("distill.augment.pad=1", "distill"),
+        ("recover.lr=0.1", "recover"),
+        ("quantize.samples=9", "quantize"),
+        ("data.image_size=40", "data"),
+        ("data.split.val=0.2", "data"),
+        ("model.args={drop_rate: 0.1}", "student"),
+        ("teacher.train.epochs=3", "teacher"),
+    ],
+)
+def test_a_change_reaches_its_step_and_what_depends_on_it(override: str, first: str) -> None:
+    """Preflight looks at the settings of every stage; what follows it does not read it."""
+    plan = planned("two targets")
+    assert changed(plan, planned("two targets", override)) - {"preflight"} - quantized(first) == after(plan, first) - {"preflight"}
+
+
+def quantized(first: str) -> set[str]:
+    """One quantize stage stands for a step a target."""
+    return (
+        {f"quantize@rpi5{s}" for s in ("", ".engine", ".val", ".gate")} | set(ended("rpi5", check=True)) if first == "quantize" else set()
+    )
+
+
+def test_more_epochs_of_distillation_leave_all_of_the_teacher_alone() -> None:
+    plan = planned("quickstart")
+    moved = changed(plan, planned("quickstart", "distill.epochs=2"))
+    assert {"distill", "distill.export", "prune", "recover", "host.bundle"} <= moved
+    assert not moved & {"data", "student", "preflight", "teacher.test", *(s.name for s in plan.steps if s.name.startswith("teacher"))}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "distill.log_seconds=9",
+        "recover.log_seconds=9",
+        "teacher.train.log_seconds=9",
+        "data.workers=7",
+        "data.cache=off",
+        "data.root=elsewhere",
+    ],
+)
+def test_what_cannot_change_a_result_changes_no_key(override: str) -> None:
+    assert changed(planned("two prunes"), planned("two prunes", override)) == set()
+
+
+def test_weights_that_moved_change_no_key_and_weights_that_changed_do(here: Path) -> None:
+    plan = planned("teacher with weights")
+    (here / "moved.safetensors").write_bytes((here / "teacher.safetensors").read_bytes())
+    assert changed(plan, planned("teacher with weights", "teacher.weights=moved.safetensors")) == set()
+    (here / "teacher.safetensors").write_bytes(b"other")
+    assert changed(plan, planned("teacher with weights")) == after(plan, "teacher")
+
+
+def test_an_onnx_file_that_changed_changes_its_key(here: Path) -> None:
+    plan = planned("ONNX file")
+    (here / "model.onnx").write_bytes(b"other")
+    assert changed(plan, planned("ONNX file")) == after(plan, "model")
+
+
+def test_a_budget_concerns_gates_and_the_bundle_only() -> None:
+    direct = ingredients_changed(planned("quickstart"), planned("quickstart", "targets.host.budget={p95_ms: 3}"))
+    assert direct == {"prune.gate", "quantize.gate", "host.bundle"}
+
+
+def ingredients_changed(before: Plan, after: Plan) -> set[str]:
+    """Steps whose own settings differ, whatever their inputs."""
+    old, new = ({s.name: s.key({}, 0) for s in plan.steps} for plan in (before, after))
+    return {n for n in new if old[n] != new[n]}
+
+
+def test_another_seed_changes_every_key() -> None:
+    plan = planned("quickstart")
+    assert keys(plan).keys() == changed(plan, planned("quickstart", "seed=1"))
+
+
+def test_the_gate_switch_changes_what_decides_and_nothing_before_it() -> None:
+    assert ingredients_changed(planned("quickstart"), planned("quickstart", gate=False)) == {"prune.widths", "prune.gate", "quantize.gate"}
+
+
+def test_a_replayed_decision_has_a_key_of_its_own() -> None:
+    step = planned("quickstart").step("prune.gate")
+    assert len({step.key({}, 0), step.key({}, 0, {"chosen": "after"}), step.key({}, 0, {"chosen": "before"})}) == 3
+
+
+def fields(config: type[Config]) -> list[tuple[str, bool]]:
+    """(field, is part of keys)."""
+    return [
+        (n, not (isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("key") is False)) for n, f in config.model_fields.items()
+    ]
+
+
+ALL_FIELDS = [
+    *((s, None, n, keyed) for s in registry.names("stage") for n, keyed in fields(registry.load("stage", s).Config)),
+    *(
+        (s, m, n, keyed)
+        for s in registry.names("stage")
+        if (kind := getattr(registry.load("stage", s), "method_kind", None))
+        for m in registry.names(kind)
+        for n, keyed in fields(registry.load(kind, m).Config)
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "method", "field", "keyed"), ALL_FIELDS, ids=str)
+def test_every_field_of_every_stage_and_method_is_in_its_key_unless_marked(stage: str, method: str | None, field: str, keyed: bool) -> None:
+    cls = registry.load("stage", stage)
+    own = cls.Config.model_construct()
+    other = registry.load(cls.method_kind, method).Config() if method else None
+
+    def key(own: Config, other: Config | None) -> str:
+        return Step("x", stage, Settings("x", own, method, other), {}).key({}, 0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the changed value need not be a sensible one
+        before = key(own, other)
+        target = other or own
+        changed = target.model_copy(update={field: "another value"})
+        assert (key(own, changed) if other else key(changed, None)) != before if keyed else key(changed, None) == before
+
+
+@pytest.mark.parametrize("ingredient", ["store", "stage", "config", "method", "facts", "inputs", "libraries", "seed", "replayed"])
+def test_every_ingredient_is_part_of_the_key(ingredient: str) -> None:
+    step = planned("quickstart").step("distill")
+    found = step.ingredients({"model": "a"}, 0)
+    assert digest_of(found) == step.key({"model": "a"}, 0)
+    assert digest_of(found | {ingredient: "other"}) != digest_of(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "steps"),
+    [
+        ("distill", "ofa", {"distill"}),
+        ("criterion", "l1", {"prune", "prune.widths"}),
+        ("quantize", "ptq", {"quantize"}),
+        ("format", "digits", {"data"}),
+        ("stage", "export", {"teacher.export", "distill.export", "prune.export", "recover.export"}),
+        ("backend", "onnxruntime", {f"{n}.engine" for n in ("teacher", "distill", "prune", "recover", "quantize")} | {"host.compile"}),
+        (
+            *("task", "classification"),
+            {"teacher", "distill", "recover", "prune", "prune.widths", "prune.gate", "quantize.gate", "host.parity", "host.bundle"}
+            | {"teacher.test", "host.test", *(f"{n}.val" for n in ("teacher", "distill", "prune", "recover", "quantize"))},
+        ),
+    ],
+)
+def test_changed_code_of_a_method_changes_the_keys_that_depend_on_it(
+    kind: str, name: str, steps: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = planned("quickstart"), registry.source_of
+    old = {s.name: s.key({}, 0) for s in before.steps}
+    monkeypatch.setattr(registry, "source_of", lambda k, n: real(k, n) + b"# changed" * ((k, n) == (kind, name)))
+    assert {s.name for s in planned("quickstart").steps if s.key({}, 0) != old[s.name]} == steps
+
+
+def test_changed_code_of_a_users_architecture_changes_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned("quickstart")
+    monkeypatch.setattr("edgekd.plan.user_source", lambda arch: "hash" if arch == "resnet10t" else None)
+    assert ingredients_changed(plan, planned("quickstart")) == {"student"}
+
+
+def test_a_library_of_another_version_changes_the_keys_of_the_stages_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned("quickstart")
+    old = {s.name: s.key({}, 0) for s in plan.steps}
+    monkeypatch.setattr("edgekd.plan.library_version", lambda name: "9" if name == "torch" else _version(name))
+    moved = {s.name for s in plan.steps if s.key({}, 0) != old[s.name]}
+    assert {"student", "distill", "prune", "distill.export"} <= moved
+    assert not moved & {"data", "distill.engine", "distill.val", "quantize", "host.profile"}
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+def test_weights_that_are_not_there_are_said_while_planning(here: Path) -> None:
+    (here / "teacher.safetensors").unlink()
+    with pytest.raises(FileMissing, match=r"teacher\.safetensors"):
+        planned("teacher with weights")
+
+
+def test_weights_of_another_hash_than_the_recipe_names_are_refused_while_planning() -> None:
+    import hashlib
+
+    right = hashlib.sha256(b"teacher.safetensors").hexdigest()
+    planned("teacher with weights", f"teacher.sha256='{right}'")
+    with pytest.raises(CheckpointRefused, match=f"its SHA-256 is {right}"):
+        planned("teacher with weights", f"teacher.sha256='{'0' * 64}'")
+
+
+# ------------------------------------------------------------------------------------------------------------ states
+def test_the_state_of_a_fresh_plan_is_to_run_and_what_follows_a_gate_waits_for_it() -> None:
+    states = {s.name: state for s, state in state_of(planned("quickstart"), lambda _: None, {}, lambda _: None)}
+    assert states["data"] == states["distill"] == states["prune.gate"] == "run"
+    assert states["quantize"] == states["host.bundle"] == "depends on gate"
+
+
+# ------------------------------------------------------------------------------------------------------------ imports
+def test_planning_loads_no_heavy_library() -> None:
+    program = """
+import sys
+import edgekd.plan, edgekd.recipe, edgekd.cli, edgekd.api
+from edgekd import registry
+for kind in registry.FOLDERS:
+    for name in registry.names(kind):
+        registry.load(kind, name)
+plan = edgekd.plan.build_plan(edgekd.recipe.load("quickstart"))
+[s.key({}, 0) for s in plan.steps]
+heavy = {"torch", "torchvision", "timm", "torch_pruning", "onnx", "onnxruntime", "onnxscript", "sklearn", "scipy", "plotly", "numpy", "PIL"}
+print(sorted(heavy & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
