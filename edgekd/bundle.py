@@ -36,6 +36,8 @@ def verify_files(folder: Path) -> dict[str, Any]:
             raise BundleRefused(f"'{name}' is a link or no regular file", where=str(folder), expected="plain files", hint=_HINT)
         if path.is_file():
             here[name] = path
+        elif not any(path.iterdir()):
+            raise BundleRefused(f"'{name}' is an empty folder", where=str(folder), expected="exactly the files of the manifest", hint=_HINT)
     wanted: dict[str, Any] = body["files"]
     for what, names in (("missing", set(wanted) - set(here)), ("not in the manifest", set(here) - set(wanted) - {MANIFEST})):
         if names:

@@ -255,7 +255,14 @@ class _Planner:
             for k, s in self.loaded.stages
         ]
         places = [{"device": t.name, "backend": t.backend, "threads": t.config.threads} for t in self.plan.targets if t.runs_here]
-        self._add("preflight", "preflight", self._config("preflight", probes=probes, places=places), inputs, facts=_here(), user=True)
+        self._add(
+            "preflight",
+            "preflight",
+            self._config("preflight", probes=probes, places=places),
+            inputs,
+            facts=self._task() | _here(),
+            user=True,
+        )
         if recipe.teacher is not None:
             self._teacher()
         return student

@@ -6,7 +6,7 @@ Precedence, lowest first: defaults, the `extends` chain, `set`, `-o NAME.FIELD=V
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -282,8 +282,10 @@ def _validate(name: str, tree: _Tree) -> Loaded:
     raw_stages = value.pop("stages", [])
     recipe = _model(Recipe, value, tree.marks, (), problems, extra_names={"stages", "extends", "set"})
     stages = _stages(raw_stages, tree.marks, problems)
+    report = _reporter(tree.marks, problems)
+    _check_names(value, report)
     if recipe is not None:
-        _cross_checks(recipe, stages, tree.marks, problems)
+        _check_fit(recipe, stages, report)
     if problems or recipe is None:
         raise RecipeError(sorted(problems, key=_position), hint="see every field: edgekd recipes show quickstart; edgekd methods show NAME")
     sources = {".".join(map(str, at)): where for at, where in tree.marks.items()}
@@ -408,57 +410,70 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [m for a in getattr(annotation, "__args__", ()) for m in _models_in(a)]
 
 
-def _cross_checks(recipe: Recipe, stages: list[tuple[str, Settings]], marks: Mapping[Path_, str], problems: list[str]) -> None:
-    """What no single section can know: closed names, and stages that need what the recipe lacks."""
+Report = Callable[[Path_, str], None]
+
+
+def _reporter(marks: Mapping[Path_, str], problems: list[str]) -> Report:
+    """Adds a problem at the nearest place that was written."""
 
     def bad(at: Path_, text: str) -> None:
         where = next((marks[at[:n]] for n in range(len(at), -1, -1) if at[:n] in marks), "recipe:1:1")
         problems.append(f"{where}: {'.'.join(map(str, at))}: {text}")
 
-    for section, model in (("model", recipe.model), ("teacher", recipe.teacher)):
-        if model is not None and model.arch is not None and (found := check_architecture(model.arch)):
+    return bad
+
+
+def _check_names(value: Mapping[str, Any], bad: Report) -> None:
+    """Closed names, read from the raw values: they are reported even where a schema fails elsewhere."""
+
+    def written(*at: str) -> Any:
+        node: Any = value
+        for part in at:
+            node = node.get(part) if isinstance(node, dict) else None
+        return node
+
+    for section in ("model", "teacher"):
+        arch = written(section, "arch")
+        if isinstance(arch, str) and (found := check_architecture(arch)):
             bad((section, "arch"), found)
-    if recipe.task not in registry.names("task"):
-        bad(("task",), f"unknown task '{recipe.task}'{suggest(recipe.task, registry.names('task'))}")
-    if recipe.data.format not in registry.names("format"):
-        bad(("data", "format"), f"unknown format '{recipe.data.format}'{suggest(recipe.data.format, registry.names('format'))}")
+    task = written("task")
+    if isinstance(task, str) and task not in registry.names("task"):
+        bad(("task",), f"unknown task '{task}'{suggest(task, registry.names('task'))}")
+    targets = written("targets")
+    for device, target in (targets if isinstance(targets, dict) else {}).items():
+        _check_target(str(device), target, bad)
+
+
+def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) -> None:
+    """What no single section can know: stages that need what the recipe lacks, and their order."""
     if (recipe.model.arch is None) == (recipe.model.onnx is None):
         bad(("model",), "expected either arch or onnx")
     if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.weights is None and not recipe.teacher.pretrained:
         bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
     if not recipe.targets:
         bad(("targets",), "expected at least one target")
-    for device, target in recipe.targets.items():
-        _check_target(device, target, bad)
-    positions = {settings.name: at for (_, settings), at in zip(stages, (p for _, p in _paths_of(stages)), strict=True)}
-    for kind, settings in stages:
+    quantized = False
+    for i, (kind, settings) in enumerate(stages):
+        at: Path_ = ("stages", i, kind)
         if kind == "distill" and recipe.teacher is None:
-            bad(positions[settings.name], f"stage '{settings.name}' distils, and the recipe has no teacher")
+            bad(at, f"stage '{settings.name}' distils, and the recipe has no teacher")
         if recipe.model.onnx is not None and kind != "quantize":
-            bad(positions[settings.name], f"stage '{settings.name}' needs an architecture; an ONNX file can only be quantized")
-    seen = False
-    for kind, settings in stages:
-        seen = seen or kind == "quantize"
-        if seen and kind != "quantize":
-            bad(
-                positions[settings.name],
-                f"stage '{settings.name}' works on a model and cannot follow a quantize stage that works on the exported graph",
-            )
+            bad(at, f"stage '{settings.name}' needs an architecture; an ONNX file can only be quantized")
+        if quantized and kind != "quantize":
+            bad(at, f"stage '{settings.name}' works on a model and cannot follow a quantize stage that works on the exported graph")
+        quantized = quantized or kind == "quantize"
 
 
-def _paths_of(stages: list[tuple[str, Settings]]) -> list[tuple[str, Path_]]:
-    return [(s.name, ("stages", i, kind)) for i, (kind, s) in enumerate(stages)]
-
-
-def _check_target(device: str, target: TargetConfig, bad: Any) -> None:
+def _check_target(device: str, target: Any, bad: Report) -> None:
     try:
         load_device(device)
     except UnknownName as error:
         bad(("targets", device), error.what)
     except EdgekdError as error:
         bad(("targets", device), str(error))
-    if target.backend != "auto" and target.backend not in registry.names("backend"):
-        bad(("targets", device, "backend"), f"unknown backend '{target.backend}'{suggest(target.backend, registry.names('backend'))}")
+    backend = target.get("backend", "auto") if isinstance(target, dict) else "auto"
+    if backend != "auto" and backend not in registry.names("backend"):
+        bad(("targets", device, "backend"), f"unknown backend '{backend}'{suggest(backend, registry.names('backend'))}")
 
 
 def _position(problem: str) -> tuple[str, int, int]:

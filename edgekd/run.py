@@ -64,7 +64,7 @@ def _build(step: Step, inputs: Mapping[str, Artifact], ctx: Context, key: str, r
     """What the store calls to build one entry."""
     if replayed is not None:
         write_decision(out, replayed)
-        return {"replayed": True, **{k: replayed[k] for k in ("verdict", "reason") if k in replayed}}
+        return {"replayed": True, "step": step.name, **{k: replayed[k] for k in ("verdict", "reason") if k in replayed}}
     stage = registry.load("stage", step.stage)()
     ctx.work = ctx.store.work(key)
     started = time.perf_counter()

@@ -21,9 +21,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(seed: int, home: str, *more: str) -> tuple[dict[str, Any], float]:
     """run.json of one run and its wall seconds."""
-    command = [sys.executable, "-m", "edgekd", "compress", "recipes/quickstart.yaml", "-o", f"seed={seed}", "--out", f"{home}/run", "--json", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "edgekd",
+        "compress",
+        "recipes/quickstart.yaml",
+        "-o",
+        f"seed={seed}",
+        "--out",
+        f"{home}/run",
+        "--json",
+        *more,
+    ]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "EDGEKD_HOME": f"{home}/store"}, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "EDGEKD_HOME": f"{home}/store"}, stdout=subprocess.PIPE, text=True, check=False
+    )
     return json.loads(done.stdout), time.perf_counter() - start
 
 

@@ -61,7 +61,22 @@ def ours(dataset: Dataset, speed: Speed, teacher_speed: Speed, work: Path) -> It
     student, teacher = CifarResNet(3), CifarResNet(9).eval().requires_grad_(False)
     layout = torch.channels_last if teacher_speed.channels_last else torch.contiguous_format
     guide = Teacher(teacher.to(memory_format=layout), View(SPEC, channels_last=teacher_speed.channels_last), teacher_speed)
-    run = _Run(Job("bench", student, SPEC, dataset, Classification(), CFG, 0, work, speed, distiller=KD(KD.Config()), label_weight=0.1, teacher=guide))
+    run = _Run(
+        Job(
+            "bench",
+            student,
+            SPEC,
+            dataset,
+            Classification(),
+            CFG,
+            0,
+            work,
+            speed,
+            distiller=KD(KD.Config()),
+            label_weight=0.1,
+            teacher=guide,
+        )
+    )
     start = time.perf_counter()
     for batch in run.remaining():
         run.train_step(batch.positions, batch.images)
@@ -113,7 +128,9 @@ def main() -> None:
             build(DataConfig(format="image_folder", root=root, image_size=32, cache=cache), 0, Path(folder) / cache)
             sets[cache] = Dataset.open(Path(folder) / cache, root, workers=2)
         sample = torch.rand(128, 3, 32, 32)
-        student, teacher = (f(m, SPEC, sample, options("auto", "auto")) for f, m in ((tune_student, CifarResNet(3)), (tune_teacher, CifarResNet(9).eval())))
+        student, teacher = (
+            f(m, SPEC, sample, options("auto", "auto")) for f, m in ((tune_student, CifarResNet(3)), (tune_teacher, CifarResNet(9).eval()))
+        )
         chosen = [Speed(d["autocast"], d["channels_last"]) for d in (student, teacher)]
         print(f"tune: student {student['seconds']} -> {chosen[0]}; teacher {teacher['seconds']} -> {chosen[1]}")
         variants: dict[str, Callable[[], Iterator[float]]] = {

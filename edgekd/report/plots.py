@@ -126,7 +126,8 @@ def _layout(height: int, x: str, y: str) -> Figure:
 # ------------------------------------------------------------------------------------------------- accuracy against latency
 def _candidates(run: dict[str, Any]) -> list[dict[str, Any]]:
     found = [_point("teacher", "teacher", run["teacher"])] if run.get("teacher") else []
-    measured = [s for s in run.get("stages") or [] if s.get("kind") != "train" or not run.get("teacher") or s.get("name") != "teacher" if text.number(s.get("metric")) is not None or text.p50(s.get("latency_ms")) is not None]
+    rows = [s for s in run.get("stages") or [] if not (run.get("teacher") and s.get("name") == "teacher")]  # it is drawn already
+    measured = [s for s in rows if text.number(s.get("metric")) is not None or text.p50(s.get("latency_ms")) is not None]
     found += [_point(str(s.get("name")), _VERDICT_SERIES.get(str(s.get("verdict")), "stage"), s) for s in measured]
     found += [_point(str(b.get("name")), "baseline", b) for b in run.get("baselines") or []]
     if first := (run.get("targets") or [None])[0]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
-from edgekd.errors import EdgekdError, TrainingDiverged
+from edgekd.errors import EdgekdError, InputRefused, TrainingDiverged
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, write_decision
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
+    from edgekd.tasks._task import Task
 
 _BATCH = 4
 
@@ -63,7 +64,7 @@ class Preflight:
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.models.build import load_model
-        from edgekd.stages._common import open_dataset
+        from edgekd.stages._common import open_dataset, task_of
 
         config = settings.typed(self.Config)
         student, spec = load_model(inputs["student"])
@@ -71,7 +72,7 @@ class Preflight:
         for probe in config.probes:
             if probe.stage == "distill":
                 with _named(probe.name):
-                    _distil_once(probe, student, spec, inputs["teacher"], dataset)
+                    _distil_once(probe, student, spec, inputs["teacher"], dataset, task_of(settings))
         built = _build_all(config, student, spec)
         write_decision(out, {"built": built})
         return {"built": built}
@@ -79,15 +80,20 @@ class Preflight:
 
 @contextmanager
 def _named(stage: str) -> Iterator[None]:
-    """Any refusal inside says which stage would have failed."""
+    """Any failure inside says which stage would have failed."""
     try:
         yield
     except EdgekdError as error:
         error.where = f"preflight of stage '{stage}'" + (f", {error.where}" if error.where else "")
         raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # torch's words for shapes that do not fit
+        what = f"this pair of models does not work with it: {str(error).splitlines()[0][:300]}"
+        raise InputRefused(
+            what, where=f"preflight of stage '{stage}'", hint="another method or student: edgekd methods list distill"
+        ) from error
 
 
-def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset) -> None:
+def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset, task: Task) -> None:
     """One batch: every term and every gradient must be finite."""
     import copy
 
@@ -111,7 +117,7 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     with torch.no_grad():
         answer = Outputs(guide(View(guide_spec)(images)))
     logits, taps = TappedModel(net, here.taps)(View(spec)(images))
-    target = torch.from_numpy(dataset.labels[positions])
+    target = task.collate(dataset.labels[positions], len(dataset.classes))
     terms = distiller.terms(Batch(Outputs(logits, taps), answer, target, torch.from_numpy(positions), 0.0))
     for name, term in terms.items():
         if not bool(term.isfinite()):

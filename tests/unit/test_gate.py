@@ -12,7 +12,15 @@ from edgekd.gate import Evidence, judge, paired_drop, wants_of
 
 
 def evidence(**changes: object) -> Evidence:
-    base = {"before_bytes": 1000, "after_bytes": 500, "ratio": 0.5, "ratio_ci": (0.48, 0.52), "drop": 0.0, "drop_ci": (-0.01, 0.01), "allowed": 0.03}
+    base = {
+        "before_bytes": 1000,
+        "after_bytes": 500,
+        "ratio": 0.5,
+        "ratio_ci": (0.48, 0.52),
+        "drop": 0.0,
+        "drop_ci": (-0.01, 0.01),
+        "allowed": 0.03,
+    }
     return Evidence(**(base | changes))  # type: ignore[arg-type]
 
 
@@ -52,7 +60,9 @@ def test_causes_are_named_where_a_step_did_not_get_faster() -> None:
 def test_a_verdict_always_has_a_reason_whatever_the_evidence() -> None:
     ratios = [(0.5, (0.4, 0.6)), (1.0, (0.9, 1.1)), (1.5, (1.4, 1.6)), (None, None)]
     drops = [(0.0, (-0.01, 0.01)), (0.02, (0.0, 0.05)), (0.1, (0.08, 0.12))]
-    for (ratio, ci), size, (drop, drop_ci), wants in itertools.product(ratios, (500, 1000, 2000), drops, (frozenset(), {"latency"}, {"size"})):
+    for (ratio, ci), size, (drop, drop_ci), wants in itertools.product(
+        ratios, (500, 1000, 2000), drops, (frozenset(), {"latency"}, {"size"})
+    ):
         found = judge(evidence(ratio=ratio, ratio_ci=ci, after_bytes=size, drop=drop, drop_ci=drop_ci, wants=frozenset(wants)))
         assert found.verdict in ("kept", "rolled back", "neutral")
         assert len(found.reason) > 20
