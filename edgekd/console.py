@@ -83,11 +83,12 @@ class Console:
 
 
 class _LineBar:
-    """Progress for logs: one line every ten seconds."""
+    """Progress for logs: a line after two seconds, then one every ten."""
 
     def __init__(self, console: Console, name: str, total: float):
         self.console, self.name, self.total = console, name, total
-        self.start = self.last = time.monotonic()
+        self.start = time.monotonic()
+        self.last = self.start - 8  # the first line comes after two seconds
 
     def update(self, done: float, **figures: str) -> None:
         now = time.monotonic()

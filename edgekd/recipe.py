@@ -436,9 +436,10 @@ def _check_names(value: Mapping[str, Any], bad: Report) -> None:
         arch = written(section, "arch")
         if isinstance(arch, str) and (found := check_architecture(arch)):
             bad((section, "arch"), found)
-    task = written("task")
-    if isinstance(task, str) and task not in registry.names("task"):
-        bad(("task",), f"unknown task '{task}'{suggest(task, registry.names('task'))}")
+    for kind, at in (("task", ("task",)), ("format", ("data", "format"))):
+        name = written(*at)
+        if isinstance(name, str) and name not in registry.names(kind):
+            bad(at, f"unknown {kind} '{name}'{suggest(name, registry.names(kind))}")
     targets = written("targets")
     for device, target in (targets if isinstance(targets, dict) else {}).items():
         _check_target(str(device), target, bad)

@@ -273,12 +273,12 @@ def start(args: tuple[str, ...], home: Path) -> subprocess.Popen[str]:
 
 
 def stop_at(p: subprocess.Popen[str], step: str, number: signal.Signals, after_s: float) -> tuple[int, str]:
-    """Waits for a step's line, then sends the signal; returns the exit code and everything said."""
+    """Waits for a step's line (or, for `step: `, its first line of progress), then sends the signal; returns the exit code and all that was said."""
     assert p.stderr is not None
     said = ""
     for line in p.stderr:
         said += line
-        if line.rstrip().endswith(f"] {step}"):
+        if line.rstrip().endswith(f"] {step}") or (step.endswith(": ") and line.strip().startswith(step)):
             break
     time.sleep(after_s)
     p.send_signal(number)
@@ -292,7 +292,7 @@ def test_ctrl_c_while_training_is_130_and_sigterm_143_and_both_keep_a_checkpoint
     before = {p.name for p in (home / "v1").glob("*/*")}
     sizes = []
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        returned, said = stop_at(start(args, home), "teacher", number, 5.0)
+        returned, said = stop_at(start(args, home), "teacher: ", number, 1.0)
         assert returned == code, said
         assert "Traceback" not in said
         assert "continues from the last checkpoint" in said

@@ -430,7 +430,18 @@ def test_every_ingredient_is_part_of_the_key(ingredient: str) -> None:
         ("backend", "onnxruntime", {f"{n}.engine" for n in ("teacher", "distill", "prune", "recover", "quantize")} | {"host.compile"}),
         (
             *("task", "classification"),
-            {"teacher", "distill", "recover", "prune", "prune.widths", "prune.gate", "quantize.gate", "host.parity", "host.bundle"}
+            {
+                "preflight",
+                "teacher",
+                "distill",
+                "recover",
+                "prune",
+                "prune.widths",
+                "prune.gate",
+                "quantize.gate",
+                "host.parity",
+                "host.bundle",
+            }
             | {"teacher.test", "host.test", *(f"{n}.val" for n in ("teacher", "distill", "prune", "recover", "quantize"))},
         ),
     ],
