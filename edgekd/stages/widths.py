@@ -139,8 +139,9 @@ class _Candidates:
 
     def _evaluate(self, ratio: float) -> float:
         self.measured[ratio] = self._measure(ratio)
-        self.ctx.console.say(f"  pruning {ratio:.0%} of every width: {self.measured[ratio]['ratio']:.2f}x measured")
-        return float(self.measured[ratio]["ratio"])
+        found, low = self.measured[ratio]["ratio"], self.measured[ratio]["ci95"][0]
+        self.ctx.console.say(f"  pruning {ratio:.0%} of every width: {found:.2f}x measured, at least {low:.2f}x")
+        return float(low)  # the end of the interval: one lucky measurement must not end the search
 
     def _measure(self, ratio: float) -> dict[str, Any]:
         """Speed-up of a candidate over the base with its interval, both exported, interleaved."""
