@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.artifact import Artifact, Kind
+from edgekd.artifact import Artifact, Kind, digest_of
 from edgekd.plan import Plan, Ref, Step
 from edgekd.safeio.files import resource_errors
 from edgekd.stages._stage import read_decision, write_decision
@@ -48,7 +48,7 @@ def execute(plan: Plan, ctx: Context) -> Done:
         inputs = {name: done.resolve(ref) for name, ref in step.inputs.items()}
         replayed = ctx.replay.get(step.name) if step.gives is Kind.DECISION else None
         ingredients = step.ingredients({n: a.digest for n, a in inputs.items()}, ctx.seed, replayed)
-        key = step.key({n: a.digest for n, a in inputs.items()}, ctx.seed, replayed)
+        key = digest_of(ingredients)
         artifact = ctx.store.get(key)
         if artifact is None:
             ctx.console.say(f"[{number}/{total}] {step.name}")

@@ -13,8 +13,7 @@ from edgekd.plan import Plan, Target
 from edgekd.recipe import resolved
 from edgekd.run import Done
 from edgekd.stages._stage import read_decision
-
-_BUDGET_EXIT = "the budget or the accepted accuracy was missed"
+from edgekd.stages.compile import engine_bytes
 
 
 def summarise(
@@ -69,10 +68,6 @@ class _Summary:
         row = self.trace["latency"].get(name)
         return {k: row[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if row and row["p50"] is not None else None
 
-    def _engine_bytes(self, name: str) -> int:
-        engine = self.done.artifacts[self.plan.engines[name]]
-        return int((engine.path / engine.json("engine.json")["model_file"]).stat().st_size)
-
     def _teacher(self) -> dict[str, Any] | None:
         if "teacher" not in self.plan.engines:
             return None
@@ -84,7 +79,7 @@ class _Summary:
             **_metric(test),
             "metrics": test["metrics"],
             "latency_ms": self._latency("teacher"),
-            "size_bytes": self._engine_bytes("teacher"),
+            "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines["teacher"]]),
         }
 
     def _stages(self) -> list[dict[str, Any]]:
@@ -138,7 +133,7 @@ class _Summary:
             "name": name,
             **_metric(body),
             "metrics": body["metrics"],
-            "size_bytes": self._engine_bytes(step),
+            "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines[step]]),
             "latency_ms": self._latency(step),
         }
 

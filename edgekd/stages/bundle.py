@@ -81,7 +81,7 @@ class Bundle:
         }
         (folder / "bundle.json").write_text(json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
-        _write_samples(folder / "samples.npz", graph, facts, dataset, ctx)
+        _write_samples(folder / "samples.npz", graph, dataset, ctx)
         (folder / "predict.py").write_bytes(resources.files("edgekd.templates").joinpath("predict.py").read_bytes())
         (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs), encoding="utf-8")
         write_manifest(
@@ -99,7 +99,7 @@ class Bundle:
         return {"model_file": model_file, "size_bytes": (folder / model_file).stat().st_size}
 
 
-def _write_samples(path: Path, graph: Artifact, facts: Mapping[str, Any], dataset: Any, ctx: Context) -> None:
+def _write_samples(path: Path, graph: Artifact, dataset: Any, ctx: Context) -> None:
     """Pixels of a few val images and the outputs they give, so that any device can check itself."""
     from edgekd.safeio.arrays import write_arrays
     from edgekd.stages.parity import graph_outputs

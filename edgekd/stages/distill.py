@@ -49,7 +49,7 @@ class Distill:
         layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         teacher = teacher.to(job.device, memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
         job.teacher = Teacher(teacher, View(teacher_spec, channels_last=speed.channels_last, device=job.device), speed)
-        pair = side(job.model, job.spec), side(teacher, teacher_spec, job.device)
+        pair = side(job.model, job.spec), side(teacher, teacher_spec)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(ctx.seed)
             job.projectors = job.distiller.setup(*pair)
@@ -58,7 +58,7 @@ class Distill:
         return learn(job, out, ctx) | {"teacher_autocast": speed.autocast}
 
 
-def side(model: Any, spec: ModelSpec, device: str = "cpu") -> Side:
+def side(model: Any, spec: ModelSpec) -> Side:
     """One model of the pair as a distiller sees it."""
     from edgekd.models.taps import stage_taps
     from edgekd.train.distiller import Side
