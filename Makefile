@@ -30,6 +30,7 @@ $(VENV)/bin/python:
 # A stamp file makes both installs idempotent; they run again when the dependencies change.
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml setup.py $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	$(BIN)/python -m compileall -q edgekd  # an editable install leaves it to the first run, and an environment may forbid that
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import GoalMissed, UsageError
 from edgekd.listing import list_devices, list_methods, list_recipes, show_device, show_method, store_gc, store_rows, store_verify, store_why
-from edgekd.recipe import Loaded, load, resolved
-from edgekd.single import parse_args, single_recipe
 
 __all__ = [
     "Options",
@@ -26,7 +24,6 @@ __all__ = [
     "list_devices",
     "list_methods",
     "list_recipes",
-    "parse_args",
     "plan",
     "predict",
     "profile",
@@ -49,6 +46,7 @@ if TYPE_CHECKING:
     from edgekd.console import Console
     from edgekd.context import Context
     from edgekd.plan import Plan
+    from edgekd.recipe import Loaded
     from edgekd.store import Store
 
 
@@ -69,6 +67,8 @@ class Options:
 
 def compress(recipe: str, options: Options | None = None, *, console: Console | None = None, store: Store | None = None) -> dict[str, Any]:
     """Runs a recipe's whole chain; returns the object of run.json. Raises EdgekdError; a missed goal is in the result, not raised."""
+    from edgekd.recipe import load
+
     options = options or Options()
     run_code(options.code)
     return run_chain(load(recipe, options.overrides, devices=options.devices), options, console=console, store=store)
@@ -125,6 +125,8 @@ def run_single(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """One stage (`prune`, `quantize`, `train`, or None for export alone) on a user's own model; returns the object of run.json."""
+    from edgekd.single import single_recipe
+
     options = options or Options()
     run_code(options.code)
     loaded = single_recipe(
@@ -145,6 +147,7 @@ def run_single(
 def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:
     """Rows of step, stage, gives, state (cached, run, depends on gate, skipped)."""
     from edgekd.plan import build_plan, state_of
+    from edgekd.recipe import load
     from edgekd.store import Store
 
     options = options or Options()
@@ -160,12 +163,16 @@ def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:
 
 def check(recipe: str, overrides: Sequence[str] = (), *, devices: Sequence[str] = (), code: Path | None = None) -> Loaded:
     """The validated recipe; raises RecipeError with every problem at once."""
+    from edgekd.recipe import load
+
     run_code(code)
     return load(recipe, overrides, devices=devices)
 
 
 def show(recipe: str, overrides: Sequence[str] = (), *, code: Path | None = None) -> list[dict[str, Any]]:
     """Every value of a recipe with its source: rows of path, value, source."""
+    from edgekd.recipe import resolved
+
     return resolved(check(recipe, overrides, code=code))
 
 

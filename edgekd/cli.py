@@ -1,7 +1,5 @@
 """The command line: parse, one call, render. Loads neither torch nor timm until a command needs them."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable
@@ -41,6 +39,7 @@ def main() -> None:
     """Entry point: turns every outcome into the documented exit code."""
     arguments, debug = [a for a in sys.argv[1:] if a != "--debug"], "--debug" in sys.argv
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing looks for a hub on its own
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # or the first model looks through every installed package for plug-ins
     sys.exit(_guarded(lambda: app(arguments, prog_name="edgekd", standalone_mode=False), Console(json_mode="--json" in arguments), debug))
 
 
@@ -351,7 +350,8 @@ def import_(
     json: Json = False,
 ) -> None:
     """Turn a checkpoint into safetensors: tensors only, no code of the file is run."""
-    from edgekd.api import import_checkpoint, parse_args
+    from edgekd.api import import_checkpoint
+    from edgekd.single import parse_args
 
     found = import_checkpoint(
         checkpoint,

@@ -23,13 +23,14 @@ def list_recipes() -> list[dict[str, Any]]:
 
 
 def list_devices() -> list[dict[str, Any]]:
-    """Device profiles: id, name, kind, runtimes, confidence."""
-    from edgekd.profile.device import device_ids, load_device
+    """Device profiles: id, name, kind, runtimes, confidence; read but not validated, for a list must be instant (`devices show` validates)."""
+    from edgekd.profile.host import detect, raw_profile
+    from edgekd.safeio.yaml import read_file
+    from edgekd.shipped import shipped_dir
 
-    found = [load_device(i) for i in device_ids()]
-    return [
-        {"id": d.id, "name": d.name, "kind": d.kind, "runtimes": [r.name for r in d.runtimes], "confidence": d.confidence} for d in found
-    ]
+    files = sorted(shipped_dir("hardware").glob("*.yaml"))
+    found = [raw_profile(detect()), *(v for f in files if isinstance(v := read_file(f).value, dict))]
+    return [{k: d.get(k, "") for k in ("id", "name", "kind", "confidence")} | {"runtimes": _runtimes(d.get("runtimes"))} for d in found]
 
 
 def show_device(name: str) -> dict[str, Any]:
@@ -140,6 +141,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _doc(kind: str, name: str) -> str:
     return ast.get_docstring(ast.parse(registry.source_of(kind, name))) or ""
+
+
+def _runtimes(value: Any) -> list[str]:
+    return [str(r.get("name", "")) for r in value if isinstance(r, dict)] if isinstance(value, list) else []
 
 
 def _first_comment(path: Path) -> str:

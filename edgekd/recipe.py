@@ -20,7 +20,7 @@ from edgekd.data.config import DataConfig
 from edgekd.errors import EdgekdError, FileMissing, InputRefused, RecipeError, UnknownName, UsageError, suggest
 from edgekd.models.names import check_architecture
 from edgekd.models.spec import ModelConfig
-from edgekd.profile.device import load_device
+from edgekd.profile.host import HOST
 from edgekd.safeio import yaml
 from edgekd.safeio.files import contained
 from edgekd.shipped import shipped_dir
@@ -29,6 +29,7 @@ from edgekd.train.config import TrainConfig
 
 Path_ = tuple[str | int, ...]
 _MAX_EXTENDS = 8
+_LISTED = re.compile(rb"^    user = True$", re.MULTILINE)
 _PATH_FIELDS = {("data", "root"), ("teacher", "weights"), ("model", "weights"), ("model", "onnx")}
 
 
@@ -322,8 +323,8 @@ def _stages(raw: Any, marks: Mapping[Path_, str], problems: list[str]) -> list[t
 
 
 def user_stages() -> list[str]:
-    """Stage kinds that a recipe may list: their files say so in their first lines, so that none has to be imported."""
-    return [name for name in registry.names("stage") if hasattr(registry.load("stage", name), "method_kind")]
+    """Stage kinds that a recipe may list: their files say `user = True`, so that only those in use are imported."""
+    return [name for name in registry.names("stage") if _LISTED.search(registry.source_of("stage", name))]
 
 
 def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str], problems: list[str]) -> Settings | None:
@@ -467,7 +468,10 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
 
 def _check_target(device: str, target: Any, bad: Report) -> None:
     try:
-        load_device(device)
+        if device != HOST:  # which is there, and need not be detected to be named
+            from edgekd.profile.device import load_device
+
+            load_device(device)
     except UnknownName as error:
         bad(("targets", device), error.what)
     except EdgekdError as error:

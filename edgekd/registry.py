@@ -72,6 +72,11 @@ def source_of(kind: str, name: str) -> bytes:
         import inspect  # only for user code
 
         return inspect.getsource(inspect.getmodule(_user[kind, name]) or _user[kind, name]).encode()
+    return _builtin_source(kind, name)
+
+
+@cache
+def _builtin_source(kind: str, name: str) -> bytes:
     return (_ROOT / FOLDERS[kind] / f"{name}.py").read_bytes()
 
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgekd.profile.schema import DeviceProfile
+if TYPE_CHECKING:
+    from edgekd.profile.schema import DeviceProfile
 
 HOST = "host"
 _PROC, _CPU0 = Path("/proc"), Path("/sys/devices/system/cpu/cpu0")
@@ -90,6 +91,13 @@ def detect(proc: Path = _PROC, cpu0: Path = _CPU0) -> Machine:
 
 def profile_of(m: Machine) -> DeviceProfile:
     """The profile that follows from the facts."""
+    from edgekd.profile.schema import DeviceProfile  # the schema costs more than the facts, and most callers want only those
+
+    return DeviceProfile.model_validate(raw_profile(m))
+
+
+def raw_profile(m: Machine) -> dict[str, Any]:
+    """The same as plain data, as a profile's file would say it."""
     memory = {
         "capacity_gib": m.memory_gib,
         "bandwidth_gbs": min(m.cores * _CORE_GBS, _PLATFORM_GBS),
@@ -100,7 +108,7 @@ def profile_of(m: Machine) -> DeviceProfile:
     quantum = 16 if "avx512f" in m.isa else 8  # channels of one vector register
     detected = {"arch.cores": m.cores} | {f"memory.{k}": v for k, v in memory.items() if k != "bandwidth_gbs"}
     derived = {"memory.bandwidth_gbs": memory["bandwidth_gbs"]} | {f"compute.{k}": v for k, v in compute.items()}
-    raw = {
+    return {
         "schema": "edgekd.device/1",
         "id": HOST,
         "variant": "detected",
@@ -121,7 +129,6 @@ def profile_of(m: Machine) -> DeviceProfile:
             *_entries({f"efficiency.{k}": v for k, v in efficiency.items()}, _AVX512_SOURCE, "measured", _AVX512_CHECKED),
         ],
     }
-    return DeviceProfile.model_validate(raw)
 
 
 def _peaks(m: Machine) -> dict[str, float | None]:
