@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.plan import Plan
     from edgekd.recipe import Loaded
+    from edgekd.single import Own
     from edgekd.store import Store
 
 
@@ -88,13 +92,16 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     store = store or RealStore(warn=console.warn)
     plan = build_plan(loaded, gate=options.gate, cache_dir=store.root)
     _check_reachable(plan, options, console)
+    for note in plan.notes:
+        console.warn(note)
     ctx = Context(store, console, loaded.recipe.seed, replay=read_decisions(options.replay))
     ctx.data_root, ctx.data_workers, ctx.allow_download = loaded.recipe.data.root, loaded.recipe.data.workers, options.allow_download
     _check_space(plan, ctx)
-    with ctx.stop.installed() if _main_thread() else _nothing():
+    with (
+        _run_folder(options.out, loaded.name, [t.name for t in plan.targets]) as folder,
+        ctx.stop.installed() if _main_thread() else _nothing(),
+    ):
         done = execute(plan, ctx)
-    folder = options.out or _next_folder(loaded.name)
-    folder.mkdir(parents=True, exist_ok=True)
     _copy_bundles(plan, done, folder)
     for line in done.artifacts["data"].meta.get("skipped", {}):
         console.warn(f"left out of the data: {line}")
@@ -112,36 +119,14 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
 
 
 def run_single(
-    kind: str | None,
-    body: Mapping[str, Any],
-    model: Path,
-    *,
-    data: Path,
-    arch: str | None,
-    args: Sequence[str],
-    image_size: int,
-    accuracy_drop_max: float = 0.01,
-    options: Options | None = None,
-    console: Console | None = None,
+    kind: str | None, body: Mapping[str, Any], own: Own, options: Options | None = None, *, console: Console | None = None
 ) -> dict[str, Any]:
     """One stage (`prune`, `quantize`, `train`, or None for export alone) on a user's own model; returns the object of run.json."""
     from edgekd.single import single_recipe
 
     options = options or Options()
     run_code(options.code)
-    loaded = single_recipe(
-        kind,
-        body,
-        model,
-        data=data,
-        arch=arch,
-        args=args,
-        image_size=image_size,
-        accuracy_drop_max=accuracy_drop_max,
-        overrides=options.overrides,
-        devices=options.devices,
-    )
-    return run_chain(loaded, options, console=console)
+    return run_chain(single_recipe(kind, body, own, overrides=options.overrides, devices=options.devices), options, console=console)
 
 
 def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:
@@ -322,9 +307,52 @@ def exit_code(run: Mapping[str, Any]) -> int:
     return 0 if run["accepted"] else GoalMissed.exit_code
 
 
-def _next_folder(name: str) -> Path:
-    base = name.replace("/", "-")
-    return next(p for n in range(1, 1_000_000) if not (p := Path("runs") / f"{base}-{n}").exists())
+@contextmanager
+def _run_folder(out: Path | None, name: str, targets: Sequence[str]) -> Iterator[Path]:
+    """Where results go: made before anything runs, so that a bad place is refused at once; gone again if nothing was written."""
+    try:
+        folder = _named_folder(out, targets) if out is not None else _new_folder(Path("runs"), name.replace("/", "-"))
+    except OSError as error:
+        raise UsageError(
+            f"the run folder cannot be made: {os.strerror(error.errno or 0).lower()}",
+            where=str(out or "runs"),
+            expected="a place that you may write to",
+            hint="--out FOLDER",
+        ) from error
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+def _named_folder(out: Path, targets: Sequence[str]) -> Path:
+    """The user's folder, if what would be replaced there is a bundle of an earlier run."""
+    from edgekd.bundle import MANIFEST
+
+    for there in (out / t for t in targets):
+        if there.exists() and not (there / MANIFEST).is_file():
+            raise UsageError(
+                f"'{there.name}' is there already, and is no bundle of an earlier run",
+                where=str(out),
+                expected="an empty folder, or that of an earlier run",
+                hint="--out ANOTHER",
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(errno.EACCES, "", str(out))
+    return out
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    """The first free `root/name-N`, taken at once: two runs never share one."""
+    root.mkdir(parents=True, exist_ok=True)
+    for n in range(1, 1_000_000):
+        with suppress(FileExistsError):
+            (root / f"{name}-{n}").mkdir()
+            return root / f"{name}-{n}"
+    raise UsageError(f"{root} holds a million runs of {name}", hint="--out FOLDER")
 
 
 def _copy_bundles(plan: Plan, done: Any, folder: Path) -> None:

@@ -4,12 +4,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgekd.console import Console
-from edgekd.errors import INTERNAL, INTERRUPTED, OK, EdgekdError, ResourceError, UsageError
+from edgekd.errors import INTERNAL, INTERRUPTED, OK, DeviceError, EdgekdError, Refusal, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from edgekd.api import Options
+    from edgekd.single import Own
 
 app = typer.Typer(
     name="edgekd",
@@ -47,7 +51,7 @@ def _guarded(call: Callable[[], Any], console: Console, debug: bool) -> int:
     try:
         code = call()
         return code if isinstance(code, int) else OK
-    except EdgekdError as error:
+    except Refusal as error:
         if debug:
             raise
         console.error(error)
@@ -171,42 +175,37 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Weights (safetenso
 Size = Annotated[int, typer.Option(help="Height and width in pixels.")]
 
 
-def _single(
-    kind: str | None,
-    body: dict[str, Any],
+def _single(kind: str | None, body: dict[str, Any], own: "Own", options: "Options", json: bool) -> int:
+    """A one-stage recipe around a user's own model: the same code path as `compress`."""
+    from edgekd.api import exit_code, run_single
+
+    console = Console(json_mode=json)
+    return _finish(run_single(kind, body, own, options, console=console), console, exit_code)
+
+
+def _own(
     model: Path,
-    *,
     data: Path,
     arch: str | None,
     arg: list[str] | None,
     image_size: int,
-    o: list[str] | None,
-    device: list[str] | None,
-    out: Path | None,
-    code: Path | None,
-    json: bool,
+    mean: str | None,
+    std: str | None,
     drop: float = 0.01,
-    gate: bool = True,
-) -> int:
-    """A one-stage recipe around a user's own model: the same code path as `compress`."""
-    from edgekd.api import Options, exit_code, run_single
+) -> "Own":
+    from edgekd.single import Own
 
-    console = Console(json_mode=json)
-    result = run_single(
-        kind,
-        body,
-        model,
-        data=data,
-        arch=arch,
-        args=arg or (),
-        image_size=image_size,
-        accuracy_drop_max=drop,
-        options=Options(o or (), device or (), out, code, gate),
-        console=console,
-    )
-    return _finish(result, console, exit_code)
+    return Own(model, data, arch, tuple(arg or ()), image_size, _numbers(mean, "--mean"), _numbers(std, "--std"), drop)
 
 
+def _options(o: list[str] | None, device: list[str] | None, out: Path | None, code: Path | None, no_gate: bool = False) -> "Options":
+    from edgekd.api import Options
+
+    return Options(o or (), device or (), out, code, not no_gate)
+
+
+Mean = Annotated[str | None, typer.Option(help="Channel means that the model was trained with, R,G,B; default: its own.")]
+Std = Annotated[str | None, typer.Option(help="Channel deviations that the model was trained with, R,G,B; default: its own.")]
 Drop = Annotated[float, typer.Option(help="Largest drop of accuracy on val, as a fraction.")]
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Keep the step, whatever it measures.")]
 
@@ -218,6 +217,8 @@ def prune(
     arch: Arch = None,
     arg: Args = None,
     image_size: Size = 224,
+    mean: Mean = None,
+    std: Std = None,
     criterion: str = "l1",
     speedup: Annotated[float | None, typer.Option(help="Measured speed-up to reach.")] = None,
     macs: Annotated[float | None, typer.Option(help="Fraction of operations kept.")] = None,
@@ -234,22 +235,8 @@ def prune(
     """Prune your own trained model; no teacher and no recipe needed."""
     goals = {k: v for k, v in (("speedup", speedup), ("macs", macs), ("params", params)) if v is not None} or {"speedup": 1.5}
     stages = {"criterion": criterion, "target": goals, "recover": recover}
-    return _single(
-        "prune",
-        stages,
-        model,
-        data=data,
-        arch=arch,
-        arg=arg,
-        image_size=image_size,
-        o=o,
-        device=device,
-        out=out,
-        code=code,
-        json=json,
-        drop=drop,
-        gate=not no_gate,
-    )
+    own, options = _own(model, data, arch, arg, image_size, mean, std, drop), _options(o, device, out, code, no_gate)
+    return _single("prune", stages, own, options, json)
 
 
 @app.command()
@@ -259,6 +246,8 @@ def quantize(
     arch: Arch = None,
     arg: Args = None,
     image_size: Size = 224,
+    mean: Mean = None,
+    std: Std = None,
     method: str = "ptq",
     drop: Drop = 0.01,
     o: Set = None,
@@ -269,22 +258,8 @@ def quantize(
     json: Json = False,
 ) -> int:
     """Quantize your own trained model or ONNX file."""
-    return _single(
-        "quantize",
-        {"method": method},
-        model,
-        data=data,
-        arch=arch,
-        arg=arg,
-        image_size=image_size,
-        o=o,
-        device=device,
-        out=out,
-        code=code,
-        json=json,
-        drop=drop,
-        gate=not no_gate,
-    )
+    own, options = _own(model, data, arch, arg, image_size, mean, std, drop), _options(o, device, out, code, no_gate)
+    return _single("quantize", {"method": method}, own, options, json)
 
 
 @app.command()
@@ -294,6 +269,8 @@ def export(
     arch: Arch = None,
     arg: Args = None,
     image_size: Size = 224,
+    mean: Mean = None,
+    std: Std = None,
     o: Set = None,
     device: Device = None,
     out: Out = None,
@@ -301,16 +278,18 @@ def export(
     json: Json = False,
 ) -> int:
     """Export your own trained model to ONNX, check it against torch, measure it and bundle it."""
-    return _single(None, {}, model, data=data, arch=arch, arg=arg, image_size=image_size, o=o, device=device, out=out, code=code, json=json)
+    return _single(None, {}, _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code), json)
 
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(metavar="ARCH|MODEL", help="An architecture to train from scratch, or weights with --arch.")],
+    model: Annotated[Path, typer.Argument(metavar="ARCH|MODEL", help="An architecture to train from scratch, or weights with --arch.")],
     data: Data,
     arch: Arch = None,
     arg: Args = None,
     image_size: Size = 224,
+    mean: Mean = None,
+    std: Std = None,
     epochs: int = 10,
     o: Set = None,
     device: Device = None,
@@ -319,21 +298,8 @@ def train(
     json: Json = False,
 ) -> int:
     """Train a model on a folder of images, export and bundle it."""
-    weights = Path(model) if Path(model).is_file() else None
-    return _single(
-        "train",
-        {"epochs": epochs},
-        weights or Path(),
-        data=data,
-        arch=arch or model,
-        arg=arg,
-        image_size=image_size,
-        o=o,
-        device=device,
-        out=out,
-        code=code,
-        json=json,
-    )
+    own, options = _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code)
+    return _single("train", {"epochs": epochs}, own, options, json)
 
 
 @app.command("import")
@@ -392,6 +358,8 @@ def profile(
         console.json(found)
         return
     lat = found["latency_ms"]
+    if lat["p50"] is None:
+        raise DeviceError(f"too slow to be measured in {seconds:g} s", where=model.name, hint=f"--seconds {seconds * 10:g}")
     console.data(f"{model.name} on {device} ({found['backend']}, {threads} thread{'s' if threads > 1 else ''}, batch {batch})")
     console.data(
         f"p50 {lat['p50']:.3f} ms (95 % {lat['ci95'][0]:.3f} to {lat['ci95'][1]:.3f})   p95 {lat['p95']:.3f}   p99 {lat['p99']:.3f}   n {lat['n']}   series {lat['series']}"
@@ -522,7 +490,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
 
 @app.command()
 def explain(run: Annotated[Path, typer.Argument(metavar="RUN")], json: Json = False) -> None:
-    """Every verdict of a run with its reason and the measurements behind it."""
+    """Every verdict of a run with its reason."""
     from edgekd.api import verdicts
 
     _table(verdicts(run), ("stage", "verdict", "reason"), json)

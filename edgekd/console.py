@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
-
-from rich.console import Console as RichConsole
-from rich.text import Text
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekd.report.text import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
 
 
 class Bar(Protocol):
@@ -31,30 +32,41 @@ class Console:
 
     def __init__(self, *, json_mode: bool = False, quiet: bool = False):
         self.json_mode, self.quiet = json_mode, quiet
-        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=False)
-        self._out = RichConsole(highlight=False, soft_wrap=False)
         self.warnings: list[str] = []
+
+    @cached_property
+    def _err(self) -> RichConsole:
+        from rich.console import (
+            Console as RichConsole,
+        )  # not before something has to be styled: commands that answer at once do not wait for it
+
+        return RichConsole(stderr=True, highlight=False, soft_wrap=False)
 
     # ------------------------------------------------------------------------------------------------ talk
     def say(self, text: str, style: str = "") -> None:
         """One line of talk."""
         if not self.quiet:
-            self._err.print(Text(clean(text), style=style), soft_wrap=True)
+            self._talk(text, style)
 
     def warn(self, text: str) -> None:
         """A warning: shown once, kept for the report."""
         if text not in self.warnings:
             self.warnings.append(text)
-            self._err.print(Text(f"warning: {clean(text)}", style="yellow"), soft_wrap=True)
+            self._talk(f"warning: {text}", "yellow")
 
     def error(self, error: Any) -> None:
         """An EdgekdError: what, where, expected on one line each problem, then the hint."""
         if self.json_mode:
             self.json({"error": error.as_dict()})
         for line in str(error).splitlines():
-            self._err.print(Text(f"error: {clean(line)}", style="bold red"), soft_wrap=True)
+            self._talk(f"error: {line}", "bold red")
         if error.hint:
-            self._err.print(Text(f"hint: {clean(error.hint)}"), soft_wrap=True)
+            self._talk(f"hint: {error.hint}")
+
+    def _talk(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        self._err.print(Text(clean(text), style=style), soft_wrap=True)
 
     # ------------------------------------------------------------------------------------------------ data
     def json(self, value: object) -> None:
@@ -63,11 +75,13 @@ class Console:
 
     def data(self, text: str) -> None:
         """Plain text on stdout."""
-        self._out.print(Text(text if "\x1b" not in text else clean(text)), soft_wrap=True)
+        sys.stdout.write((clean(text) if "\x1b" in text else text) + "\n")
 
     def show(self, renderable: Any) -> None:
         """A rich table or panel on stdout; its cells are Text, never markup."""
-        self._out.print(renderable)
+        from rich.console import Console as RichConsole
+
+        RichConsole(highlight=False, soft_wrap=False).print(renderable)
 
     # ------------------------------------------------------------------------------------------------ progress
     @contextmanager

@@ -58,6 +58,11 @@ class Stop:
                 signal.signal(number, handler)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass
 class Context:
     """Passed to every stage."""
@@ -65,7 +70,7 @@ class Context:
     store: Store
     console: Console
     seed: int = 0
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)  # of training; measuring has its own
+    threads: int = field(default_factory=usable_cores)  # of training and evaluation; measuring has its own
     stop: Stop = field(default_factory=Stop)
     replay: dict[str, Any] = field(default_factory=dict)  # step name -> decision, from an earlier run
     work: Path = Path()  # where an unfinished step keeps its checkpoints; set by `execute`

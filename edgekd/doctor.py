@@ -23,17 +23,12 @@ from edgekd.safeio.locks import check_locks_work
 Status = Literal["ok", "warn", "fail"]
 
 _MIN_PYTHON, _TESTED_PYTHON = (3, 11), (3, 13)
-_FLOORS = {  # library -> (lowest version, why)
-    "torch": ("2.10", "CVE-2026-24747 in older ones"),
-    "onnx": ("1.21", "four CVEs in older ones"),
-    "Pillow": ("12.3", "CVE-2026-55380 in older ones"),
-    "timm": ("1.0", "model definitions"),
-    "onnxscript": ("0.5", "torch's exporter"),
-    "torch-pruning": ("1.6", "dependency graph"),
-    "safetensors": ("0.4", "weights"),
-    "pydantic": ("2.5", "recipes"),
-    "PyYAML": ("6.0", "recipes"),
+_WHY = {  # floors that are there for safety
+    "torch": "CVE-2026-24747 in older ones",
+    "onnx": "four CVEs in older ones",
+    "Pillow": "CVE-2026-55380 in older ones",
 }
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)>=([0-9.]+)$")
 _RUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
 _WANTED_FREE_GB = 5.0
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -87,14 +82,25 @@ def _platform() -> Check:
 
 
 def _libraries() -> Iterator[Check]:
-    for name, (floor, why) in _FLOORS.items():
-        seen, wanted = _version(name), f"{floor} or newer ({why})"
+    if not floors():
+        yield Check("edgekd", "warn", "not installed", "an installed edgekd, whose requirements can be checked", "pip install -e .")
+    for name, floor in floors().items():
+        seen, wanted = _version(name), f"{floor} or newer" + (f" ({_WHY[name]})" if name in _WHY else "")
         if seen is None:
             yield Check(name, "fail", "not installed", wanted, f"pip install '{name}>={floor}'")
         elif _numbers(seen) < _numbers(floor):
             yield Check(name, "fail", seen, wanted, f"pip install --upgrade '{name}>={floor}'")
         else:
             yield Check(name, "ok", seen, wanted)
+
+
+def floors() -> dict[str, str]:
+    """Library -> lowest version, as pyproject.toml declares them; those that depend on the platform or an extra are left out."""
+    try:
+        declared = metadata.requires("edgekd") or []
+    except metadata.PackageNotFoundError:
+        declared = []
+    return {m[1]: m[2] for line in declared if (m := _REQUIREMENT.match(line))}
 
 
 def _runtime_wheels() -> Check:

@@ -9,11 +9,9 @@ OK, USAGE, REFUSED, MISSED, DEVICE, RESOURCE, INTERNAL = 0, 2, 3, 4, 5, 6, 7
 INTERRUPTED, TERMINATED = 130, 143
 
 
-class EdgekdError(Exception):
-    """Base of all errors that edgekd raises on purpose.
-
-    what: one sentence; where: file, stage or `file:line:col`; expected: what would have been accepted; hint: the next command.
-    """
+class Refusal(BaseException):
+    """What the CLI renders: what happened, one sentence; where: file, stage or `file:line:col`; expected: what would have been accepted;
+    hint: the next command."""
 
     exit_code = INTERNAL
     code = "internal"
@@ -30,6 +28,10 @@ class EdgekdError(Exception):
         """The object printed as `{"error": ...}` with --json."""
         what = f"{self.what} (expected {self.expected})" if self.expected else self.what
         return {"code": self.code, "what": what, "where": self.where, "hint": self.hint}
+
+
+class EdgekdError(Refusal, Exception):
+    """Base of all errors that edgekd raises on purpose."""
 
 
 # ---------------------------------------------------------------------------------------------------- 2: recipe or usage
@@ -150,8 +152,11 @@ class LockTimeout(ResourceError):
 
 
 # ---------------------------------------------------------------------------------------------------- signals
-class Interrupted(EdgekdError):
-    """SIGINT or SIGTERM; work done so far is checkpointed."""
+class Interrupted(Refusal):
+    """SIGINT or SIGTERM; work done so far is checkpointed.
+
+    No `Exception`: a signal may arrive inside any stage or library, whose handlers must not take it for a failure of their own.
+    """
 
     code = "interrupted"
 

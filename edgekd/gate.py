@@ -26,6 +26,7 @@ class Evidence:
     drop_ci: tuple[float, float]
     allowed: float  # what is left of accuracy_drop_max
     wants: frozenset[str] = field(default_factory=frozenset)  # {"latency", "size"} as the budget names them; empty: either
+    unmet: frozenset[str] = field(default_factory=frozenset)  # those of `wants` that the start of the segment misses
     untimed: str = ""  # why latency was not judged
     causes: tuple[str, ...] = ()  # why it did not get faster
     same: bool = False  # nothing changed
@@ -50,18 +51,17 @@ def judge(e: Evidence) -> Verdict:
     said = f"{_latency_words(e)}, {_size_words(e)}, {_accuracy_words(e)}"
     if e.drop_ci[1] > e.allowed:
         certain = e.drop_ci[0] > e.allowed
-        why = (
-            f"it loses more than the {max(e.allowed, 0) * 100:.2f} points that are left"
-            if certain
-            else f"its loss may exceed the {max(e.allowed, 0) * 100:.2f} points that are left"
-        )
+        left = f"the {e.allowed * 100:.2f} points that are left"
+        if e.allowed < 0:
+            left = f"what may be lost (it starts {-e.allowed * 100:.2f} points below the limit already)"
+        why = f"it loses more than {left}" if certain else f"its loss may exceed {left}"
         return Verdict("rolled back" if certain or e.drop > e.allowed else "neutral", f"{why}: {said}")
     faster, slower = _change(e.ratio_ci)
     size = e.after_bytes / e.before_bytes
     smaller, larger = size < 1 - TOLERANCE, size > 1 + TOLERANCE
     gains = [name for name, yes in (("latency", faster), ("size", smaller)) if yes and (not e.wants or name in e.wants)]
     losses = [name for name, yes in (("latency", slower), ("size", larger)) if yes]
-    if losses and not _needed(gains, losses, e.wants):
+    if losses and not _needed(gains, losses, e):
         hint = f" ({'; '.join(e.causes)})" if e.causes and "latency" in losses else ""
         return Verdict("rolled back", f"it made {' and '.join(losses)} worse: {said}{hint}")
     if gains:
@@ -71,9 +71,9 @@ def judge(e: Evidence) -> Verdict:
     return Verdict("neutral", f"no certain gain in {' or '.join(sorted(e.wants)) or 'latency or size'}: {said}{hint}")
 
 
-def _needed(gains: list[str], losses: list[str], wants: frozenset[str]) -> bool:
-    """A loss is accepted only where the budget names what was gained and not what was lost."""
-    return bool(gains) and bool(wants) and not (set(losses) & wants)
+def _needed(gains: list[str], losses: list[str], e: Evidence) -> bool:
+    """A loss is accepted only where the budget names what was gained, was not met without it, and does not name what was lost."""
+    return bool(set(gains) & e.unmet) and not (set(losses) & e.wants)
 
 
 def _change(ci: tuple[float, float] | None) -> tuple[bool, bool]:

@@ -94,6 +94,12 @@ class Target:
     backend: str
     runs_here: bool
 
+    @property
+    def takes_int8(self) -> bool:
+        """False where the device's profile lists what the runtime does, and int8 is not in it."""
+        runtime = self.device.runtime(self.backend)
+        return runtime is None or not runtime.precisions or "int8" in runtime.precisions
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -119,6 +125,7 @@ class Plan:
     segments: list[Segment] = field(default_factory=list)
     shipped: dict[str, Ref] = field(default_factory=dict)  # target -> chosen graph
     baselines: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what of the recipe is left out, and why
 
     def add(self, step: Step) -> str:
         self.steps.append(step)
@@ -250,22 +257,37 @@ class _Planner:
         if recipe.teacher is not None:
             name = "teacher.init" if recipe.teacher.train is not None else "teacher"
             inputs["teacher?"] = self._add(name, "init", _as_model(recipe.teacher), {"data": "data"}, facts=_model_facts(recipe.teacher))
-        probes = [
-            {"stage": k, "name": s.name, "method": s.method, "config": s.method_config.model_dump(mode="json") if s.method_config else {}}
-            for k, s in self.loaded.stages
-        ]
-        places = [{"device": t.name, "backend": t.backend, "threads": t.config.threads} for t in self.plan.targets if t.runs_here]
         self._add(
             "preflight",
             "preflight",
-            self._config("preflight", probes=probes, places=places),
+            self._config("preflight", probes=[_probe(k, s) for k, s in self.loaded.stages], places=self._places()),
             inputs,
-            facts=self._task() | _here(),
+            facts=self._task() | _here() | {"methods": self._sources()},
             user=True,
         )
         if recipe.teacher is not None:
             self._teacher()
         return student
+
+    def _places(self) -> list[dict[str, Any]]:
+        """Where preflight builds and runs: the targets of this machine, the judge, and, built only, those that this machine can build for."""
+        found = {
+            (t.name, t.backend): {
+                "device": t.name,
+                "backend": t.backend,
+                "threads": t.config.threads,
+                "runs": t.runs_here,
+                "int8": t.takes_int8,
+            }
+            for t in (*self.plan.targets, self.judge)
+            if t.runs_here or _can_compile(t)
+        }
+        return list(found.values())
+
+    def _sources(self) -> dict[str, str]:
+        """The code of the recipe's methods."""
+        used = {(registry.load("stage", k).method_kind, s.method) for k, s in self.loaded.stages if s.method}
+        return {f"{kind}/{name}": _sha(registry.source_of(kind, name)) for kind, name in sorted(used)}
 
     def _teacher(self) -> None:
         teacher = self.recipe.teacher
@@ -302,7 +324,7 @@ class _Planner:
         self.plan.metrics[name] = self._add(
             f"{name}.val",
             "evaluate",
-            self._config("evaluate", split="val"),
+            self._config("evaluate", split="val", above_chance=name == "teacher" and self.gate),
             inputs,
             facts=self._task() | _here(),
             unless=metrics_unless,
@@ -351,7 +373,13 @@ class _Planner:
         (_, settings), name = stages[0], stages[0][1].name
         judge = self.judge
         widths_config = self._config(
-            "widths", device=judge.name, backend=judge.backend, threads=judge.config.threads, batch=judge.config.batch, gate=self.gate
+            "widths",
+            device=judge.name,
+            backend=judge.backend,
+            threads=judge.config.threads,
+            batch=judge.config.batch,
+            gate=self.gate,
+            quantum=self._quantum(),
         )
         widths = self._add(
             f"{name}.widths",
@@ -387,6 +415,12 @@ class _Planner:
         self.plan.segments.append(Segment(gate, tuple(s.name for _, s in stages), graph, after_graph))
         return Choice(gate, model, after), Choice(gate, graph, after_graph)
 
+    def _quantum(self) -> int:
+        """The multiple of channels that the first target prefers in the precision that will ship."""
+        first = self.plan.targets[0]
+        int8 = any(k == "quantize" for k, _ in self.loaded.stages) and first.config.precision != "fp32" and first.takes_int8
+        return first.device.channel_multiple("int8" if int8 else "fp32")
+
     def _gate(self, name: str, before: Ref, after: Ref, *, note: str | None = None, target: Target | None = None) -> str:
         judge, budget = self.judge, (target or self.plan.targets[0]).config.budget
         timed = self.plan.targets[0].runs_here and (target is None or target.runs_here)
@@ -420,6 +454,9 @@ class _Planner:
         for kind, settings in self.loaded.stages:
             if kind != "quantize" or target.config.precision == "fp32":
                 continue
+            if not target.takes_int8:
+                self.plan.notes.append(f"{target.name}: '{settings.name}' is left out, its {target.backend} does not run int8")
+                continue
             first = target is self.plan.targets[0]
             name = settings.name if first else f"{settings.name}@{target.name}"
             step = self._add(
@@ -439,7 +476,7 @@ class _Planner:
         self.plan.shipped[target.name] = current
 
     def _baselines(self, model: Ref | None) -> None:
-        """The student trained alone for as many epochs as the chain's first learning stage, exported and measured."""
+        """The student trained alone for as many epochs as the chain's first learning stage, exported, measured and tested."""
         if "student" not in self.recipe.baselines or model is None:
             return
         learns = [(k, s) for k, s in self.loaded.stages if k in _LEARNS]
@@ -447,8 +484,9 @@ class _Planner:
             return
         config = learns[0][1].config
         plain = TrainConfig(**{n: getattr(config, n) for n in TrainConfig.model_fields})
-        alone = self._learn("student alone", "train", Settings("student alone", plain), "student")
+        alone = self._learn("student alone", "train", Settings("student alone", plain), "student", user=False)
         self._measured("student alone", self._export("student alone", alone))
+        self._tested("student alone")
         self.plan.baselines.append("student alone")
 
     def _ship(self) -> None:
@@ -460,7 +498,7 @@ class _Planner:
             engine = self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else judge)
             run_engine = engine if runner is target else self._compile(f"{target.name}.check", graph, judge)
             test_inputs: dict[str, Ref] = {"engine": run_engine, "data": "data"}
-            teacher_test = self._teacher_test()
+            teacher_test = self._tested("teacher")
             if teacher_test:
                 test_inputs["teacher?"] = teacher_test
             test = self._add(
@@ -482,11 +520,8 @@ class _Planner:
                 "bundle",
                 target=target.name,
                 backend=target.backend,
-                device=target.name,
-                measured=target.runs_here,
                 recipe=self.loaded.name,
                 threads=target.config.threads,
-                budget=target.config.budget,
                 provenance=self._provenance(),
             )
             inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "test": test, "parity": parity}
@@ -522,13 +557,22 @@ class _Planner:
             return Choice(ref.decision, before, after) if before and after else None
         return self.plan.step(ref).inputs.get("model")
 
-    def _teacher_test(self) -> str | None:
-        if "teacher" not in self.plan.engines:
+    def _tested(self, name: str) -> str | None:
+        """The step that reads a reference on test (the teacher, a baseline), or None where there is no such reference."""
+        if name not in self.plan.engines:
             return None
-        if not any(s.name == "teacher.test" for s in self.plan.steps):
-            inputs: dict[str, Ref] = {"engine": self.plan.engines["teacher"], "data": "data"}
-            self._add("teacher.test", "evaluate", self._config("evaluate", split="test"), inputs, facts=self._task() | _here())
-        return "teacher.test"
+        step = f"{name}.test"
+        if not any(s.name == step for s in self.plan.steps):
+            inputs: dict[str, Ref] = {"engine": self.plan.engines[name], "data": "data"}
+            self._add(step, "evaluate", self._config("evaluate", split="test"), inputs, facts=self._task() | _here())
+        return step
+
+
+def _probe(kind: str, settings: Settings) -> dict[str, Any]:
+    """A listed stage as preflight tries it."""
+    method = settings.method_config.model_dump(mode="json") if settings.method_config else {}
+    own = settings.config.model_dump(mode="json", exclude_none=True) if kind == "prune" else {}
+    return {"stage": kind, "name": settings.name, "method": settings.method, "config": method, "settings": own}
 
 
 def _compresses(kind: str) -> bool:

@@ -6,7 +6,7 @@ Precedence, lowest first: defaults, the `extends` chain, `set`, `-o NAME.FIELD=V
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from edgekd.train.config import TrainConfig
 
 Path_ = tuple[str | int, ...]
 _MAX_EXTENDS = 8
+_RESERVED = ("student", "preflight", "shipped")  # steps and engines that every plan has
 _LISTED = re.compile(rb"^    user = True$", re.MULTILINE)
 _PATH_FIELDS = {("data", "root"), ("teacher", "weights"), ("model", "weights"), ("model", "onnx")}
 
@@ -139,7 +140,7 @@ class _Tree:
         if parent is not None:
             tree = tree._extend(parent, path, root, depth)
         if changes is not None:
-            tree._apply_set(changes, document.marks, path.parent)
+            tree._apply_set(changes, document.marks, path.parent, root)
         return tree
 
     def _extend(self, parent: Any, path: Path, root: Path, depth: int) -> _Tree:
@@ -158,21 +159,21 @@ class _Tree:
         _merge(base.value, self.value, base.marks, self.marks, ())
         return base
 
-    def _apply_set(self, changes: Any, marks: Mapping[Path_, str], base: Path) -> None:
+    def _apply_set(self, changes: Any, marks: Mapping[Path_, str], base: Path, root: Path) -> None:
         where = marks.get(("set",), "set")
         if not isinstance(changes, dict):
             raise RecipeError([f"{where}: set: expected a mapping of NAME.FIELD to values"])
         for dotted, value in changes.items():
-            self._put(str(dotted), value, marks.get(("set", dotted), where), base)
+            self._put(str(dotted), value, marks.get(("set", dotted), where), base, root)
 
     def override(self, text: str, where: str, base: Path) -> None:
         """`NAME.FIELD=VALUE`; NAME is a section or a stage."""
         dotted, equals, raw = text.partition("=")
         if not equals or not dotted:
             raise RecipeError([f"{where}: expected NAME.FIELD=VALUE"])
-        self._put(dotted, yaml.read_value(raw, where), where, base)
+        self._put(dotted, yaml.read_value(raw, where), where, base, None)
 
-    def _put(self, dotted: str, value: Any, where: str, base: Path) -> None:
+    def _put(self, dotted: str, value: Any, where: str, base: Path, root: Path | None) -> None:
         names = dotted.split(".")
         at = self._locate(names, where)
         node: Any = self.value
@@ -180,13 +181,20 @@ class _Tree:
             if isinstance(node, dict) and node.get(part) is None:
                 node[part] = {}
             node = node[part]
-            if not isinstance(node, dict | list):
-                raise RecipeError([f"{where}: '{part}' is a value, not a section"])
+            if isinstance(node, list) and part == "stages" and at[1:2] and isinstance(at[1], int):
+                continue  # a stage found by its name
+            if not isinstance(node, dict):
+                what = (
+                    "is a list; name the whole of it, or one stage as STAGE.FIELD"
+                    if isinstance(node, list)
+                    else "is a value, not a section"
+                )
+                raise RecipeError([f"{where}: '{part}' {what}"])
         node[at[-1]] = value
         for known in [m for m in self.marks if m[: len(at)] == at]:
             del self.marks[known]
-        self.marks[at] = where
-        self._resolve_paths(base, None, only=at)
+        self.marks |= dict.fromkeys(_places(value, at), where)
+        self._resolve_paths(base, root, only=at)
 
     def _locate(self, names: list[str], where: str) -> Path_:
         """The path of a dotted name: a section, or the settings of the stage of that name."""
@@ -205,7 +213,7 @@ class _Tree:
     def _resolve_paths(self, base: Path, root: Path | None, only: Path_ | None = None) -> None:
         """Paths written in a file are relative to it (or to the root) and stay under the root; those of -o are the user's own."""
         for at in _PATH_FIELDS:
-            if only is not None and at != only:
+            if only is not None and at[: len(only)] != only:
                 continue
             node: Any = self.value
             for part in at[:-1]:
@@ -223,6 +231,13 @@ class _Tree:
             except InputRefused as error:
                 hint = f"a path outside is the user's to give: -o {'.'.join(map(str, at))}={written}"
                 raise RecipeError([f"{mark}: {'.'.join(map(str, at))}: {error.what}"], hint=hint) from error
+
+
+def _places(value: Any, at: Path_) -> Iterator[Path_]:
+    """`at` and the paths of everything below it."""
+    yield at
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from _places(item, (*at, key))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], marks: dict[Path_, str], over_marks: Mapping[Path_, str], at: Path_) -> None:
@@ -298,7 +313,7 @@ def _stages(raw: Any, marks: Mapping[Path_, str], problems: list[str]) -> list[t
     if not isinstance(raw, list):
         problems.append(f"{marks.get(('stages',), 'recipe:1:1')}: stages: expected a list of stages, each `- kind: {{settings}}`")
         return out
-    taken: set[str] = set(Recipe.model_fields)
+    taken = {*Recipe.model_fields, *_RESERVED}
     kinds = user_stages()
     for i, item in enumerate(raw):
         where = marks.get(("stages", i), marks.get(("stages",), "recipe:1:1"))
@@ -454,6 +469,9 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
     if not recipe.targets:
         bad(("targets",), "expected at least one target")
+    if not any(kind == "quantize" for kind, _ in stages):
+        for name in [n for n, t in recipe.targets.items() if t.precision == "int8"]:
+            bad(("targets", name, "precision"), "int8 is asked for, and no stage quantizes; add `- quantize: {method: ptq}`")
     quantized = False
     for i, (kind, settings) in enumerate(stages):
         at: Path_ = ("stages", i, kind)

@@ -70,6 +70,7 @@ def _build(step: Step, inputs: Mapping[str, Artifact], ctx: Context, key: str, r
     started = time.perf_counter()
     with resource_errors(out):
         meta: dict[str, Any] = stage.run(step.settings, inputs, out, ctx)
+    ctx.stop.check()  # a library may have swallowed the signal's exception and gone on with something else: that is not published
     return meta | {"seconds": round(time.perf_counter() - started, 3), "step": step.name}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,33 @@ from edgekd.recipe import Loaded, from_values
 from edgekd.safeio import yaml
 
 
+@dataclass(frozen=True)
+class Own:
+    """A user's own model and data, as a single-stage command names them."""
+
+    model: Path  # weights, an ONNX file, or for `train` the name of an architecture
+    data: Path  # a folder of images by class, or a manifest
+    arch: str | None = None
+    args: Sequence[str] = ()  # NAME=VALUE of the architecture
+    image_size: int = 224
+    mean: Sequence[float] | None = None  # of the normalisation that the model was trained with; default: its own
+    std: Sequence[float] | None = None
+    accuracy_drop_max: float = 0.01
+
+
 def single_recipe(
-    kind: str | None,
-    body: Mapping[str, Any],
-    model: Path,
-    *,
-    data: Path,
-    arch: str | None,
-    args: Sequence[str],
-    image_size: int,
-    accuracy_drop_max: float,
-    overrides: Sequence[str] = (),
-    devices: Sequence[str] = (),
+    kind: str | None, body: Mapping[str, Any], own: Own, *, overrides: Sequence[str] = (), devices: Sequence[str] = ()
 ) -> Loaded:
     """The recipe that a single-stage command stands for; raises as a recipe file does."""
     value: dict[str, Any] = {
         "version": 1,
-        "data": _data(data, image_size),
-        "model": _model(kind, model, arch, args),
-        "accept": {"accuracy_drop_max": accuracy_drop_max},
+        "data": _data(own.data, own.image_size),
+        "model": _model(kind, own) | {n: list(v) for n, v in (("mean", own.mean), ("std", own.std)) if v is not None},
+        "accept": {"accuracy_drop_max": own.accuracy_drop_max},
+        "stages": _stages(kind, dict(body)),
+        "targets": {d: {} for d in devices or ("host",)},
     }
-    value["stages"] = _stages(kind, dict(body))
-    value["targets"] = {d: {} for d in devices or ("host",)}
-    name = kind or "export"
-    return from_values(f"{name}-{model.stem or arch}", value, overrides)
+    return from_values(f"{kind or 'export'}-{own.model.stem or own.arch}", value, overrides)
 
 
 def parse_args(pairs: Sequence[str]) -> dict[str, Any]:
@@ -54,9 +58,10 @@ def _data(data: Path, image_size: int) -> dict[str, Any]:
     return {"format": "image_folder" if data.is_dir() else "manifest", "root": str(data.resolve()), "image_size": image_size}
 
 
-def _model(kind: str | None, model: Path, arch: str | None, args: Sequence[str]) -> dict[str, Any]:
-    if kind == "train" and not model.is_file():
-        return {"arch": arch, "args": parse_args(args)}
+def _model(kind: str | None, own: Own) -> dict[str, Any]:
+    model, arch, args = own.model, own.arch, own.args
+    if kind == "train" and arch is None and not model.is_file():
+        return {"arch": str(model), "args": parse_args(args)}
     if not model.is_file():
         raise FileMissing("there is no such model", where=str(model), expected="safetensors, a checkpoint, or an ONNX file")
     if model.suffix == ".onnx":

@@ -40,17 +40,18 @@ class _Summary:
 
     def body(self) -> dict[str, Any]:
         teacher, targets = self._teacher(), [self._target(t) for t in self.plan.targets]
-        accept = self._accept()
-        missed = [t for t in targets if t["budget_met"] is False]
-        parity_ok = all(row["ok"] for row in self._parity())
+        accept, parity = self._accept(), self._parity()
+        failed = self._failed(targets, accept, parity)
+        if failed:
+            accept["reason"] = "; ".join(failed)
         return {
             "recipe": {"name": self.plan.loaded.name, "resolved": resolved(self.plan.loaded)},
             "decisions": str(self.folder / "decisions.json"),
             "teacher": teacher,
             "stages": self._stages(),
-            "baselines": [self._measured_row(name, name) for name in self.plan.baselines],
+            "baselines": [self._reference(name) for name in self.plan.baselines],
             "targets": targets,
-            "accepted": not missed and accept["met"] is not False and parity_ok,
+            "accepted": not failed,
             "accept": accept,
             "curves": self._curves(),
             "latency_samples": {n: r["samples"] for n, r in self.trace["latency"].items() if n in ("teacher", "shipped")},
@@ -59,9 +60,21 @@ class _Summary:
                 {"name": o["name"], "op_type": o["op_type"], "share": o["share"], "mean_us": o["total_us"], "calls": o["calls"]}
                 for o in self.trace["operators"]
             ],
-            "parity": self._parity(),
+            "parity": parity,
             "footprint": self.trace["footprint"],
         }
+
+    def _failed(self, targets: list[dict[str, Any]], accept: dict[str, Any], parity: list[dict[str, Any]]) -> list[str]:
+        """Why the result is not accepted, in words; empty where it is."""
+        found = [f"{t['device']}: {t['budget_reason']}" for t in targets if t["over_budget"]]
+        asked = {t.name: t.config.precision for t in self.plan.targets}
+        found += [
+            f"{t['device']}: {asked[t['device']]} was asked for, {t['precision']} is what passed the gate"
+            for t in targets
+            if asked[t["device"]] not in ("auto", t["precision"])
+        ]
+        found += [f"{row['target']}: parity is broken at '{row['rung']}' ({', '.join(row['failed'])})" for row in parity if not row["ok"]]
+        return found + ([accept["reason"]] if accept["met"] is False else [])
 
     # ------------------------------------------------------------------------------------------------ rows
     def _latency(self, name: str) -> dict[str, Any] | None:
@@ -71,22 +84,24 @@ class _Summary:
     def _teacher(self) -> dict[str, Any] | None:
         if "teacher" not in self.plan.engines:
             return None
-        test = self.done.artifacts["teacher.test"].json("metrics.json")
-        arch = self.recipe.teacher.arch if self.recipe.teacher else None
+        return {"arch": self.recipe.teacher.arch if self.recipe.teacher else None} | self._reference("teacher")
+
+    def _reference(self, name: str) -> dict[str, Any]:
+        """What the result is compared with (the teacher, a baseline): metrics on test, as for what ships."""
+        test = self.done.artifacts[f"{name}.test"].json("metrics.json")
         return {
-            "name": "teacher",
-            "arch": arch,
+            "name": name,
             **_metric(test),
             "metrics": test["metrics"],
-            "latency_ms": self._latency("teacher"),
-            "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines["teacher"]]),
+            "latency_ms": self._latency(name),
+            "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines[name]]),
         }
 
     def _stages(self) -> list[dict[str, Any]]:
         """What a person asked for, in order: the teacher, the listed stages, and the chain's end."""
         rows = []
         for step in self.plan.steps:
-            name = step.settings.name
+            name = step.name
             listed = step.user and step.gives in (Kind.MODEL, Kind.GRAPH) and step.stage not in ("init",)
             if listed and step.name in self.plan.engines:
                 rows.append(self._stage_row(step.name, step.stage, step.settings.method, name))
@@ -166,6 +181,7 @@ class _Summary:
         latency = {k: trace[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if measured and trace["p50"] is not None else None
         size = int(bundle.meta["size_bytes"])
         missed, reason = self._budget(target, latency, size)
+        over = missed is True or (not measured and target.config.budget.missed(None, size)[0] is True)
         row: dict[str, Any] = {
             "device": name,
             "backend": target.backend,
@@ -178,16 +194,19 @@ class _Summary:
             "model_file": bundle.meta["model_file"],
             "budget": {k: v for k, v in target.config.budget.model_dump().items() if v is not None},
             "budget_met": None if missed is None else not missed,
+            "over_budget": over,
+            "budget_reason": reason,
             "reason": reason,
             "bundle": str(self.folder / name),
             "threads": target.config.threads,
-            "batch": target.config.batch,
+            "batch": graph.json("graph.json")["fixed_batch"] or target.config.batch,
         }
         if not measured:
             row |= {
                 "budget_met": None,
                 "predicted_ms": _predicted(bundle, target),
-                "reason": f"{name} is not this machine: latency was not measured, accuracy and size were judged here on onnxruntime",
+                "reason": f"{name} is not this machine: latency was not measured, accuracy and size were judged here on onnxruntime"
+                + (f"; {reason}" if over else ""),
             }
         return row
 
@@ -203,11 +222,10 @@ class _Summary:
         return missed, reason
 
     def _accept(self) -> dict[str, Any]:
-        """The drop of what ships against the reference on test, paired, with its interval."""
+        """The drop of what ships against the reference on test, paired, with its interval; of several targets the worst."""
         import numpy as np
 
-        limit, name = self.recipe.accept.accuracy_drop_max, self.first.name
-        mine = self.done.artifacts[f"{name}.test"]
+        limit = self.recipe.accept.accuracy_drop_max
         reference = self.done.artifacts.get("teacher.test")
         if reference is None:
             return {
@@ -219,8 +237,10 @@ class _Summary:
                 "reason": "there is no teacher to compare with on test; gates compared on val",
             }
         task = registry.load("task", self.recipe.task)()
-        labels = np.load(mine.path / "labels.npy")
-        drop, interval = paired_drop(*(task.scores(np.load(a.path / "outputs.npy"), labels).tolist() for a in (reference, mine)))
+        labels = np.load(reference.path / "labels.npy")
+        shipped = [self.done.artifacts[f"{t.name}.test"] for t in self.plan.targets]
+        before, *after = (task.scores(np.load(a.path / "outputs.npy"), labels).tolist() for a in (reference, *shipped))
+        drop, interval = max((paired_drop(before, scores) for scores in after), key=lambda found: found[0])
         met = drop <= limit
         reason = f"test accuracy {'within' if met else 'beyond'} {limit * 100:g} points of the teacher's"
         return {"accuracy_drop_max": limit, "drop": drop, "interval": list(interval), "met": met, "reference": "teacher", "reason": reason}
@@ -239,8 +259,7 @@ class _Summary:
         return {"labels": self.done.artifacts["data"].json("index.json")["classes"], "matrix": table} if table else None
 
     def _parity(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self.done.artifacts[f"{self.first.name}.parity"].json("parity.json")
-        return rows
+        return [{"target": t.name} | row for t in self.plan.targets for row in self.done.artifacts[f"{t.name}.parity"].json("parity.json")]
 
 
 def _metric(body: Mapping[str, Any]) -> dict[str, Any]:

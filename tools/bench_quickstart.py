@@ -70,7 +70,7 @@ def main() -> None:
                 alone.append(run(seed, home, "-o", "baselines=[student]")[0]["baselines"][0]["metric"])
     print(f"\nshipped on test: mean {statistics.mean(shipped):.2%} of {len(shipped)} seeds")
     if alone:
-        print(f"student trained alone, same epochs, on val: mean {statistics.mean(alone):.2%}")
+        print(f"student trained alone, same epochs, on test: mean {statistics.mean(alone):.2%}")
 
 
 if __name__ == "__main__":

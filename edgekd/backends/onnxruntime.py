@@ -99,10 +99,10 @@ class OnnxRuntime:
     def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> OrtSession:
         return _open(engine, threads=threads, provider=_provider(device))
 
-    def layers(self, engine: Path, feeds: Feeds, threads: int) -> list[Layer]:
-        """Time per operator on this machine's CPU as onnxruntime's own profiler sees it (fused nodes, slowest first)."""
+    def layers(self, engine: Path, feeds: Feeds, threads: int, device: DeviceProfile) -> list[Layer]:
+        """Time per operator on the device's provider as onnxruntime's own profiler sees it (fused nodes, slowest first)."""
         with tempfile.TemporaryDirectory() as folder:  # the profiler can only write to a file
-            session = _session(engine, threads, _CPU, trace_prefix=str(Path(folder) / "trace"))
+            session = _session(engine, threads, _provider(device), trace_prefix=str(Path(folder) / "trace"))
             for _ in range(_PROFILE_WARMUP + _PROFILE_RUNS):
                 session.run(None, feeds)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

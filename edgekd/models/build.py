@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from edgekd.artifact import Artifact
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPEC, WEIGHTS = "spec.json", "model.safetensors"
+_SPEC_METADATA = "edgekd.spec"
 
 
 def make_spec(config: ModelConfig, *, num_classes: int, image_size: int) -> ModelSpec:
@@ -63,12 +65,23 @@ def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
         return apply_structure(model, spec.structure) if spec.structure else model
 
 
-def load_state(model: nn.Module, path: Path) -> None:
-    """Weights of a safetensors file or checkpoint into the module, strictly: missing, extra or wrong-shape keys are refused."""
-    state, _ = load_weights(path)
+def load_state(model: nn.Module, path: Path, *, other_head: str = "") -> ModelSpec | None:
+    """Weights of a safetensors file or checkpoint into the module, strictly: missing, extra or wrong-shape keys are refused.
+
+    `other_head` names the classifier that may have another number of classes and then stays as it is. Returns the spec that edgekd wrote
+    into the file, if it did.
+    """
+    state, metadata = load_weights(path)
     expected = model.state_dict()
+    if other_head:
+        for name in [n for n in state if n.startswith(f"{other_head}.") and n in expected and state[n].shape != expected[n].shape]:
+            state[name] = expected[name]
     fit_state_dict(state, {name: tensor.shape for name, tensor in expected.items()}, str(path))
     model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in state.items()}, strict=True)
+    try:
+        return ModelSpec.model_validate_json(metadata[_SPEC_METADATA]) if _SPEC_METADATA in metadata else None
+    except ValidationError:  # of a version that this one does not know; the weights fit all the same
+        return None
 
 
 def save_model(model: nn.Module, spec: ModelSpec, out: Path) -> None:
@@ -76,7 +89,7 @@ def save_model(model: nn.Module, spec: ModelSpec, out: Path) -> None:
     from safetensors.torch import save_file
 
     state: dict[str, Tensor] = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(state, out / WEIGHTS, metadata={"edgekd.spec": spec.model_dump_json()})
+    save_file(state, out / WEIGHTS, metadata={_SPEC_METADATA: spec.model_dump_json()})
     (out / SPEC).write_text(json.dumps(spec.model_dump(mode="json"), sort_keys=True, indent=1), encoding="utf-8")
 
 

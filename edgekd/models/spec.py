@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from edgekd.config import Config, no_key
 
 Scalar = str | int | float | bool | None
 Argument = Scalar | list[Scalar]
+_TIMM_OWN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"} | {
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "features_only",
+}
 Triple = tuple[float, float, float]
 
 
@@ -26,6 +32,14 @@ class ModelConfig(Config):
     mean: Triple | None = Field(None, description="channel means of the normalisation; default: the architecture's own")
     std: Triple | None = Field(None, description="channel deviations of the normalisation; default: the architecture's own")
     onnx: Path | None = no_key(None, "an existing ONNX file instead of an architecture (graph stages only)")
+
+    @field_validator("args")
+    @classmethod
+    def _no_loading(cls, args: dict[str, Argument]) -> dict[str, Argument]:
+        """Arguments that timm's `create_model` keeps for itself: some of them read files, past every check of ours."""
+        if taken := sorted(_TIMM_OWN & set(args)):
+            raise ValueError(f"'{taken[0]}' is not an argument of an architecture; weights are given by `weights` or `pretrained`")
+        return args
 
 
 class ModelSpec(Config):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgekd.errors import RecipeError, UnknownName, suggest
-from edgekd.profile.host import HOST, host_profile, identity
+from edgekd.profile.host import HOST, detect, host_profile, identity
 from edgekd.profile.schema import DeviceProfile, numbers
 from edgekd.shipped import shipped_dir
 
@@ -52,8 +52,11 @@ def read_device(path: Path) -> DeviceProfile:
 
 
 def same_machine(profile: DeviceProfile) -> bool:
-    """True if this machine is the device: only the detected host is known to be."""
-    return profile.id == HOST
+    """True if this machine is the device: the detected host, or a graphics card whose name the driver gives (`NVIDIA H200` is `NVIDIA H200 SXM`)."""
+    if profile.id == HOST:
+        return True
+    gpu = detect().gpu if profile.kind == "dgpu" else None
+    return gpu is not None and f"{profile.name} ".startswith(f"{gpu} ")
 
 
 @cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.errors import BackendError, DeviceError, FileMissing, OnnxRefused
+from edgekd.errors import BackendError, DeviceError, FileMissing, OnnxRefused, UsageError
 
 if TYPE_CHECKING:
     from edgekd.backends import Feeds
@@ -52,7 +52,7 @@ def profile_model(
         "peak_mib": facts["peak_mib"],
     }
     if layers:
-        found["operators"] = [asdict(layer) for layer in runtime.layers(file, feeds, threads)]
+        found["operators"] = [asdict(layer) for layer in runtime.layers(file, feeds, threads, profile)]
     return found
 
 
@@ -80,6 +80,9 @@ def inputs_of(proto: Any, batch: int, file: Path) -> Feeds:
         kind = _TYPES.get(value.type.tensor_type.elem_type)
         if kind is None:
             raise OnnxRefused(f"input '{value.name}' has a type that is not measured", where=file.name, expected=", ".join(_TYPES.values()))
+        fixed = value.type.tensor_type.shape.dim[0].dim_value if value.type.tensor_type.shape.dim else 0
+        if fixed not in (0, batch):
+            raise UsageError(f"input '{value.name}' is for {fixed} images at a time", where=file.name, expected=f"--batch {fixed}")
         shape = [
             d.dim_value or (batch if i == 0 else 3 if i == 1 else _DYNAMIC_SIDE) for i, d in enumerate(value.type.tensor_type.shape.dim)
         ]

@@ -248,8 +248,9 @@ class DeviceProfile(Config):
         return next((r for r in self.runtimes if r.name == backend), None)
 
     def channel_multiple(self, precision: str) -> int:
-        """The quantum of channel widths for a precision; 1 where the profile names none."""
-        return {str(k): v for k, v in self.preferred.channel_multiple.items()}.get(precision, 1)
+        """The quantum of channel widths for a precision, else for the one that the device prefers; 1 where the profile names neither."""
+        named = {str(k): v for k, v in self.preferred.channel_multiple.items()}
+        return named.get(precision, named.get(self.preferred.precision, 1))
 
     def origin(self, field: str) -> Origin | None:
         """The kind of provenance of a dotted field."""

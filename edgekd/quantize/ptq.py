@@ -8,6 +8,7 @@ Source: Jacob et al. 2018 (arXiv 1712.05877); rules for graphs that runtimes acc
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,12 @@ class PTQ:
     """Post-training static quantization."""
 
     class Config(Base):
-        samples: int = Field(256, ge=1, le=100_000, description="training images used for calibration")
+        samples: int = Field(
+            256,
+            ge=1,
+            le=100_000,
+            description="training images used for calibration; entropy and percentile keep every activation of them in memory",
+        )
         calibration: Literal["minmax", "entropy", "percentile"] = Field("minmax", description="how activation ranges are chosen")
         per_channel: bool = Field(True, description="one weight scale an output channel")
 
@@ -56,6 +62,8 @@ class PTQ:
             if symmetric
             else {"WeightSymmetric": True}
         )
+        if self.config.calibration != "minmax":
+            samples = _equal(samples)
         try:
             with _quiet():
                 quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True)  # folds batch norms, infers shapes
@@ -95,6 +103,15 @@ def _tidied(proto: Any) -> Any:
     return proto
 
 
+def _equal(samples: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """Batches as large as the first: onnxruntime's histograms cannot take a short last one."""
+    size = 0
+    for batch in samples:
+        size = size or len(batch)
+        if len(batch) == size:
+            yield batch
+
+
 class _Reader:
     """Feeds calibration batches to onnxruntime."""
 
@@ -112,16 +129,19 @@ class _Reader:
 def _input_name(graph: Path) -> str:
     import onnx
 
-    return str(onnx.load_model_from_string(graph.read_bytes()).graph.input[0].name)
+    proto = onnx.load_model_from_string(graph.read_bytes())
+    held = {i.name for i in proto.graph.initializer}  # which some files list as inputs too
+    return next(str(i.name) for i in proto.graph.input if i.name not in held)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """onnxruntime's quantizer warns on the root logger about its own defaults."""
+    """onnxruntime's quantizer warns on the root logger about its own defaults, and its calibrators print to stdout, which is for data."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         root.setLevel(level)

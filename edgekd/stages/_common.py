@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any
 from edgekd import registry
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgekd.artifact import Artifact
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
@@ -18,6 +23,22 @@ def open_dataset(data: Artifact, ctx: Context) -> Dataset:
     from edgekd.data.dataset import Dataset  # numpy
 
     return Dataset.open(data.path, ctx.data_root, workers=ctx.data_workers)
+
+
+def drawn(dataset: Dataset, split: str, count: int) -> NDArray[np.int64]:
+    """`count` positions of a split in a fixed random order: a folder lists its images class by class, so the first ones are all alike."""
+    from edgekd.data.loader import epoch_order
+
+    return epoch_order(0, 0, dataset.split(split))[:count]
+
+
+def unchanged(path: Path, settings: Settings) -> None:
+    """Raises DataRefused for a file that is not the one whose hash is in the step's key."""
+    from edgekd.errors import DataRefused
+    from edgekd.safeio.files import sha256_file
+
+    if settings.facts.get("file", "") not in ("", sha256_file(path)):
+        raise DataRefused("the file was changed while edgekd was running", where=str(path), hint="run the same command again")
 
 
 def task_of(settings: Settings) -> Task:

@@ -49,19 +49,20 @@ class Distill:
         layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         teacher = teacher.to(job.device, memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
         job.teacher = Teacher(teacher, View(teacher_spec, channels_last=speed.channels_last, device=job.device), speed)
-        pair = side(job.model, job.spec), side(teacher, teacher_spec)
+        taps = "taps" in job.distiller.needs
+        pair = side(job.model, job.spec, taps=taps), side(teacher, teacher_spec, taps=taps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(ctx.seed)
             job.projectors = job.distiller.setup(*pair)
-        if "taps" in job.distiller.needs:
+        if taps:
             job.tapped = TappedModel(job.model, pair[0].taps)
         return learn(job, out, ctx) | {"teacher_autocast": speed.autocast}
 
 
-def side(model: Any, spec: ModelSpec) -> Side:
-    """One model of the pair as a distiller sees it."""
+def side(model: Any, spec: ModelSpec, *, taps: bool = True) -> Side:
+    """One model of the pair as a distiller sees it; `taps` only where they are needed, for not every model has stages."""
     from edgekd.models.taps import stage_taps
     from edgekd.train.distiller import Side
 
-    taps = stage_taps(model, spec.image_size)
-    return Side(model, taps, taps[-1].channels, spec.num_classes)
+    found = stage_taps(model, spec.image_size) if taps else ()
+    return Side(model, found, found[-1].channels if found else 0, spec.num_classes)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
-from edgekd.errors import DataRefused
+from edgekd.errors import DataRefused, InputRefused
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
 from edgekd.stages.compile import open_engine
@@ -32,6 +32,7 @@ _BATCH = 64
 class Evaluate:
     class Config(Base):
         split: Literal["train", "val", "test"] = Field("val", description="which part of the dataset")
+        above_chance: bool = Field(False, description="refuse a model that knows nothing: nothing can be learned from such a teacher")
 
     takes: Mapping[str, Kind] = {"engine": Kind.ENGINE, "data": Kind.DATA, "teacher?": Kind.METRICS}
     gives = Kind.METRICS
@@ -43,7 +44,8 @@ class Evaluate:
 
         from edgekd.stages._common import open_dataset, task_of
 
-        split, task = settings.typed(self.Config).split, task_of(settings)
+        config, task = settings.typed(self.Config), task_of(settings)
+        split = config.split
         dataset = open_dataset(inputs["data"], ctx)
         positions = dataset.split(split)
         if not len(positions):
@@ -52,7 +54,13 @@ class Evaluate:
         outputs = run_engine(session, facts, dataset, positions, ctx, settings.name)
         teacher = np.load(inputs["teacher"].path / OUTPUTS) if "teacher" in inputs else None
         labels = dataset.labels[positions]
+        if hasattr(task, "misfit") and (wrong := task.misfit(outputs, len(dataset.classes))):
+            raise InputRefused(
+                wrong, where=settings.name, expected="one output a class", hint="another model, or the folder it was trained on"
+            )
         metrics = task.metrics(outputs, labels, teacher)
+        if config.above_chance and hasattr(task, "chance"):
+            _assert_above_chance(metrics[task.metric_name], task.chance(labels), len(labels), settings.name)
         np.save(out / OUTPUTS, outputs)
         np.save(out / "labels.npy", labels)
         body = {
@@ -64,6 +72,17 @@ class Evaluate:
         }
         (out / METRICS).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
         return {task.metric_name: metrics[task.metric_name]}
+
+
+def _assert_above_chance(metric: float, chance: float, samples: int, name: str) -> None:
+    """One-sided, 95 %: the metric must be more than luck with so few samples."""
+    if metric <= chance + 1.645 * (chance * (1 - chance) / samples) ** 0.5:
+        raise InputRefused(
+            f"on val it is right for {metric:.1%}, and guessing the most frequent class is for {chance:.1%}: a student learns nothing from it",
+            where=name.removesuffix(".val"),
+            expected="a teacher that is better than chance",
+            hint="train it longer: -o teacher.train.epochs=N; or check teacher.mean, teacher.std and the order of classes; --no-gate goes on",
+        )
 
 
 def run_engine(

@@ -59,7 +59,7 @@ class Gate:
             "verdict": verdict.verdict,
             "reason": reason,
             "chosen": verdict.chosen,
-            "evidence": asdict(evidence) | {"wants": sorted(evidence.wants)},
+            "evidence": asdict(evidence) | {"wants": sorted(evidence.wants), "unmet": sorted(evidence.unmet)},
         }
         write_decision(out, body)
         return {"verdict": verdict.verdict, "reason": reason}
@@ -78,17 +78,26 @@ def gather(settings: Settings, config: Any, inputs: Mapping[str, Artifact]) -> E
     scores = [task.scores(np.load(inputs[n].path / OUTPUTS), labels).tolist() for n in ("before_metrics", "after_metrics")]
     drop, drop_ci = paired_drop(*scores)
     left = config.accuracy_drop_max - (metric_of(inputs["reference_metrics"])[1] - metric_of(inputs["before_metrics"])[1])
-    same, ratio, interval = before.digest == after.digest, None, None
+    same, ratio, interval, p50 = before.digest == after.digest, None, None, None
     if config.timed and not same:
-        ratio, interval = _timed(config, before, after)
+        ratio, interval, p50 = _timed(config, before, after)
     untimed = "" if config.timed else "the target is not at hand; accuracy and size were judged here"
     quantum = load_device(config.device).channel_multiple("fp32")
     causes = tuple(slow_causes(engine_file(before), engine_file(after), quantum)) if interval is None or interval[1] >= 1 else ()
     sizes = engine_bytes(before), engine_bytes(after)
-    return Evidence(*sizes, ratio, interval, drop, drop_ci, left, wants_of(config.budget.model_dump()), untimed, causes, same)
+    wants, unmet = wants_of(config.budget.model_dump()), _unmet(config.budget, p50, sizes[0])
+    return Evidence(*sizes, ratio, interval, drop, drop_ci, left, wants, unmet, untimed, causes, same)
 
 
-def _timed(config: Any, before: Artifact, after: Artifact) -> tuple[float | None, tuple[float, float] | None]:
+def _unmet(budget: Budget, p50: dict[str, Any] | None, size: int) -> frozenset[str]:
+    """What of the budget the start of the segment misses."""
+    missed = {"size"} if budget.size_mb is not None and size > budget.size_mb * 1e6 else set()
+    latency = Budget(p50_ms=budget.p50_ms, p95_ms=budget.p95_ms)
+    return frozenset(missed | ({"latency"} if p50 and latency.missed(p50, 0)[0] else set()))
+
+
+def _timed(config: Any, before: Artifact, after: Artifact) -> tuple[float | None, tuple[float, float] | None, dict[str, Any] | None]:
+    """Ratio of the latencies, its interval, and the latency before."""
     from edgekd.profile import measure as m
     from edgekd.stages.profile import random_input
 
@@ -96,4 +105,6 @@ def _timed(config: Any, before: Artifact, after: Artifact) -> tuple[float | None
     feeds = {name: {facts["input"]: random_input(facts, config.batch)} for name, (_, facts) in opened.items()}
     samples = m.measure({n: s for n, (s, _) in opened.items()}, feeds, budget_s=_BUDGET_SECONDS)
     found = m.ratio(samples["after"], samples["before"])
-    return (None, None) if found["ratio"] is None else (found["ratio"], (found["ci95"][0], found["ci95"][1]))
+    if found["ratio"] is None:
+        return None, None, None
+    return found["ratio"], (found["ci95"][0], found["ci95"][1]), samples["before"].summary()

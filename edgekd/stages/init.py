@@ -26,7 +26,7 @@ class Init:
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.models import build as models  # torch
         from edgekd.models.pretrained import published_weights
-        from edgekd.stages._common import open_dataset
+        from edgekd.stages._common import open_dataset, unchanged
 
         config = settings.typed(ModelConfig)
         dataset = open_dataset(inputs["data"], ctx)
@@ -34,6 +34,10 @@ class Init:
         model = models.build(spec, seed=ctx.seed)
         weights = published_weights(config, ctx) if config.pretrained else config.weights
         if weights is not None:
-            models.load_state(model, weights)
+            unchanged(weights, settings)
+            head = str(models.architecture_defaults(spec.arch).get("classifier") or "") if config.pretrained else ""
+            stored = models.load_state(model, weights, other_head=head)
+            if stored is not None and stored.arch == spec.arch:  # `edgekd import` wrote down how the weights want their input
+                spec = spec.model_copy(update={"mean": config.mean or stored.mean, "std": config.std or stored.std})
         models.save_model(model, spec, out)
         return {"arch": spec.arch, "parameters": sum(p.numel() for p in model.parameters())}

@@ -37,10 +37,10 @@ class Parity:
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.parity import compare
-        from edgekd.stages._common import open_dataset, task_of
+        from edgekd.stages._common import drawn, open_dataset, task_of
 
         task, dataset = task_of(settings), open_dataset(inputs["data"], ctx)
-        positions = dataset.split("val")[: settings.typed(self.Config).samples]
+        positions = drawn(dataset, "val", settings.typed(self.Config).samples)
         labels, rows = dataset.labels[positions], []
         onnx = graph_outputs(inputs["fp32"], dataset, positions, ctx)
         if "model" in inputs:

@@ -41,14 +41,17 @@ class Probe(Base):
     name: str = Field(description="its name in the recipe")
     method: str | None = Field(None, description="its method")
     config: dict[str, Any] = Field(default_factory=dict, description="settings of the method")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the stage itself, where they decide what is built")
 
 
 class Place(Base):
-    """One target that this machine can run."""
+    """One target that this machine can run, or build for."""
 
     device: str = Field(description="device profile")
     backend: str = Field(description="runtime")
     threads: int = Field(1, ge=1, description="threads of the runtime")
+    runs: bool = Field(True, description="False: the engine is built but cannot be run here")
+    int8: bool = Field(True, description="False: its runtime does not run int8")
 
 
 @register("stage")
@@ -73,7 +76,7 @@ class Preflight:
             if probe.stage == "distill":
                 with _named(probe.name):
                     _distil_once(probe, student, spec, inputs["teacher"], dataset, task_of(settings))
-        built = _build_all(config, student, spec)
+        built = _build_all(config, _pruned(config, student, spec, dataset, settings), spec)
         write_decision(out, {"built": built})
         return {"built": built}
 
@@ -86,10 +89,20 @@ def _named(stage: str) -> Iterator[None]:
     except EdgekdError as error:
         error.where = f"preflight of stage '{stage}'" + (f", {error.where}" if error.where else "")
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # torch's words for shapes that do not fit
-        what = f"this pair of models does not work with it: {str(error).splitlines()[0][:300]}"
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+        TypeError,
+        AssertionError,
+    ) as error:  # torch's and timm's words for shapes that do not fit
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise
+        what = f"this pair of models does not work with it: {(str(error) or type(error).__name__).splitlines()[0][:300]}"
         raise InputRefused(
-            what, where=f"preflight of stage '{stage}'", hint="another method or student: edgekd methods list distill"
+            what,
+            where=f"preflight of stage '{stage}'",
+            hint="arguments that fit the images, such as -o model.args={img_size: 32} (or teacher.args); or another method or student",
         ) from error
 
 
@@ -110,7 +123,8 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     distiller = cls(cls.Config(**probe.config))
     net = copy.deepcopy(student).train()
     guide, guide_spec = load_model(teacher)
-    here, there = side(net, spec), side(guide, guide_spec)
+    tapped = "taps" in distiller.needs
+    here, there = side(net, spec, taps=tapped), side(guide, guide_spec, taps=tapped)
     distiller.setup(here, there)
     positions = dataset.split("train")[:_BATCH]
     images = to_float(torch.from_numpy(dataset.images(positions)))
@@ -128,8 +142,8 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
             raise TrainingDiverged(f"the gradient of '{name}' is not finite on the first batch", expected="finite gradients")
 
 
-def _build_all(config: Any, student: nn.Module, spec: ModelSpec) -> list[str]:
-    """Pruned, exported, quantized, built and run; returns what was built, in words."""
+def _build_all(config: Any, model: nn.Module, spec: ModelSpec) -> list[str]:
+    """Exported, quantized, built and run; returns what was built, in words."""
     import numpy as np
 
     from edgekd.export.onnx import INPUT, export_onnx
@@ -139,7 +153,6 @@ def _build_all(config: Any, student: nn.Module, spec: ModelSpec) -> list[str]:
     images = np.random.default_rng(0).standard_normal((_BATCH, 3, spec.image_size, spec.image_size), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
-        model = _pruned(config, student, spec)
         with _named("export"):
             fixed = None if export_onnx(model, spec.image_size, graph)["dynamic_batch"] else 1
         built.append("ONNX fp32")
@@ -147,31 +160,34 @@ def _build_all(config: Any, student: nn.Module, spec: ModelSpec) -> list[str]:
         for place in config.places:
             with _named(f"compile for {place.device}"):
                 backend, device = registry.load("backend", place.backend)(), load_device(place.device)
-                for name, file in [
-                    ("fp32", graph),
-                    *_quantized(config, graph, Path(folder), images, device.flavour_for(place.backend), fixed),
-                ]:
+                int8 = _quantized(config, graph, Path(folder), images, device.flavour_for(place.backend), fixed) if place.int8 else ()
+                for name, file in [("fp32", graph), *int8]:
                     target = Path(folder) / f"{place.device}-{name}"
                     target.mkdir()
                     meta = backend.convert(file, device, target, {})
-                    backend.open(target / meta["model_file"], threads=place.threads, device=device).run(feeds)
+                    if place.runs:
+                        backend.open(target / meta["model_file"], threads=place.threads, device=device).run(feeds)
                     built.append(f"{place.backend} {name} for {place.device}")
     return built
 
 
-def _pruned(config: Any, student: nn.Module, spec: ModelSpec) -> nn.Module:
-    """A half-pruned copy where the recipe prunes, else the student itself; random ranks, since nothing is learned yet."""
+def _pruned(config: Any, student: nn.Module, spec: ModelSpec, dataset: Dataset, settings: Settings) -> nn.Module:
+    """A copy cut to half its widths as each prune stage would: its criterion on a few images, its scope."""
     import copy
 
     from edgekd.prune._cut import prune_model
-    from edgekd.stages.prune import example_of
+    from edgekd.stages.prune import Prune, example_of, score
 
     model = copy.deepcopy(student)
     for probe in config.probes:
         if probe.stage == "prune":
             with _named(probe.name):
-                cls = registry.load("criterion", "l1")
-                prune_model(model, example_of(spec), cls(cls.Config()), keep=0.5)
+                cls, asked = registry.load("criterion", str(probe.method)), Prune.Config(**probe.settings)
+                asked = asked.model_copy(update={"samples": _BATCH})
+                scores = score(
+                    model, spec, dataset, Settings(probe.name, asked, probe.method, cls.Config(**probe.config), settings.facts), asked
+                )
+                prune_model(model, example_of(spec), scores, keep=0.5, scope=asked.scope)
     return model
 
 

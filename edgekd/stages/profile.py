@@ -51,15 +51,18 @@ class Profile:
         shipped = engines["shipped"]
         name, facts = unique[shipped.digest], opened[unique[shipped.digest]][1]
         backend, file = registry.load("backend", config.backend)(), shipped.path / facts["model_file"]
-        footprint = load_facts(file, config.backend, device=load_device(config.device), feeds=feeds[name], threads=config.threads)
-        layers = [asdict(layer) for layer in backend.layers(file, feeds[name], config.threads)] if hasattr(backend, "layers") else []
+        device = load_device(config.device)
+        footprint = load_facts(file, config.backend, device=device, feeds=feeds[name], threads=config.threads)
+        layers = (
+            [asdict(layer) for layer in backend.layers(file, feeds[name], config.threads, device)] if hasattr(backend, "layers") else []
+        )
         body = {
             "protocol": PROTOCOL,
             "latency": rows,
             "footprint": footprint,
             "operators": layers,
             "threads": config.threads,
-            "batch": config.batch,
+            "batch": facts.get("fixed_batch") or config.batch,
         }
         (out / TRACE).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
         return {"p50": rows["shipped"]["p50"]}

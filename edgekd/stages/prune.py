@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -50,7 +50,9 @@ class PruneTarget(Base):
 class Prune:
     class Config(Base):
         target: PruneTarget = Field(description="how far to prune")
-        quantum: int | Literal["auto"] = Field("auto", description="kept widths are multiples of it; auto: what the device prefers")
+        quantum: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+            "auto", description="kept widths are multiples of it; auto: what the device prefers"
+        )
         scope: Literal["auto", "all", "internal"] = Field("auto", description="all widths, or only those inside blocks; auto: all for CNNs")
         samples: int = Field(256, ge=1, le=100_000, description="val images that criteria with gradients read")
         evaluations: int = Field(5, ge=1, le=50, description="most candidates that the search cuts and measures")

@@ -18,6 +18,8 @@ from edgekd.stages.export import FACTS, GRAPH
 if TYPE_CHECKING:
     from edgekd.context import Context
 
+_FLOAT = 1  # onnx.TensorProto.FLOAT
+
 
 @register("stage")
 class ReadGraph:
@@ -29,33 +31,43 @@ class ReadGraph:
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.safeio.onnxfile import check_onnx
-        from edgekd.stages._common import open_dataset
+        from edgekd.stages._common import open_dataset, unchanged
 
         config = settings.typed(ModelConfig)
         if config.onnx is None:
             raise FileMissing("no ONNX file is named", where="model.onnx")
-        proto = check_onnx(config.onnx)
         shutil.copyfile(config.onnx, out / GRAPH)
-        size, dataset = image_size_of(proto, config.onnx), open_dataset(inputs["data"], ctx)
+        unchanged(out / GRAPH, settings)
+        proto, dataset = check_onnx(out / GRAPH), open_dataset(inputs["data"], ctx)
+        entry, size = image_input(proto, config.onnx)
         if size is not None and size != dataset.image_size:
             raise OnnxRefused(
                 f"its input is {size} x {size} pixels, the data are {dataset.image_size}",
                 where=str(config.onnx),
                 hint=f"-o data.image_size={size}",
             )
+        if config.mean is None or config.std is None:
+            ctx.console.warn(
+                f"{config.onnx.name} does not say how its input is normalised: mean and std 0.5 are assumed; give --mean and --std, or model.mean and model.std"
+            )
         mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
-        names = {"input": proto.graph.input[0].name, "output": proto.graph.output[0].name}
-        batch = int(proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value) or None
+        names = {"input": entry.name, "output": proto.graph.output[0].name}
+        batch = int(entry.type.tensor_type.shape.dim[0].dim_value) or None
         facts = names | {"fixed_batch": batch, "image_size": dataset.image_size, "mean": mean, "std": std, "precision": "fp32"}
         (out / FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         return {"arch": config.onnx.stem, "nodes": len(proto.graph.node)}
 
 
-def image_size_of(proto: Any, path: Path) -> int | None:
-    """Pixels of a side of the (n, 3, h, w) input, None where it is dynamic; raises OnnxRefused for another layout."""
+def image_input(proto: Any, path: Path) -> tuple[Any, int | None]:
+    """The (n, 3, h, w) input and its side in pixels, None where it is dynamic; raises OnnxRefused for another layout or type."""
     held = {i.name for i in proto.graph.initializer}
     inputs = [i for i in proto.graph.input if i.name not in held]
     dims = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
-    if len(inputs) != 1 or len(dims) != 4 or dims[1] not in (0, 3):
-        raise OnnxRefused("it is not an image classifier", where=str(path), expected="one input of shape (batch, 3, height, width)")
-    return int(dims[2]) or None
+    if len(inputs) != 1 or len(dims) != 4 or dims[1] not in (0, 3) or dims[2] != dims[3] or inputs[0].type.tensor_type.elem_type != _FLOAT:
+        shown = ", ".join(f"{i.name} {[d.dim_value or d.dim_param for d in i.type.tensor_type.shape.dim]}" for i in inputs) or "no input"
+        raise OnnxRefused(
+            f"it is not a classifier of square images: {shown}",
+            where=str(path),
+            expected="one float32 input of shape (batch, 3, side, side)",
+        )
+    return inputs[0], int(dims[2]) or None

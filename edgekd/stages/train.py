@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import Artifact, Kind
+from edgekd.errors import ParityBroken
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, read_decision
 from edgekd.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from edgekd.context import Context
+    from edgekd.models.spec import ModelSpec
     from edgekd.train.loop import Job, Speed
 
 CURVES = "curves.json"
@@ -66,5 +70,16 @@ def learn(job: Job, out: Path, ctx: Context) -> dict[str, Any]:
 
     trained = fit(job, ctx)
     save_model(trained.model, job.spec, out)
+    _assert_same_tensors(trained.model, job.spec, job.name)
     (out / CURVES).write_text(json.dumps(trained.curves, indent=0), encoding="utf-8")
-    return {"steps": trained.steps, "images": trained.images, "autocast": job.speed.autocast, "channels_last": job.speed.channels_last}
+    facts = {"steps": trained.steps, "images": trained.images, "autocast": job.speed.autocast, "channels_last": job.speed.channels_last}
+    return facts | ({"resumed_elsewhere": trained.elsewhere} if trained.elsewhere else {})
+
+
+def _assert_same_tensors(model: nn.Module, spec: ModelSpec, name: str) -> None:
+    """Nothing that was trained beside the model (projectors, branches) may be in what is kept."""
+    from edgekd.models.build import build
+
+    extra = sorted(set(model.state_dict()) - set(build(spec).state_dict()))
+    if extra:
+        raise ParityBroken(f"the model still holds '{extra[0]}'", where=name, expected="the tensors of its architecture only")

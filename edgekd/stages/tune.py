@@ -34,15 +34,15 @@ class Tune:
 
         from edgekd.data.augment import to_float
         from edgekd.models.build import load_model
-        from edgekd.stages._common import open_dataset, training_device
+        from edgekd.stages._common import drawn, open_dataset, training_device
         from edgekd.train import tune
 
         config = settings.typed(self.Config)
         dataset = open_dataset(inputs["data"], ctx)
-        images = to_float(torch.from_numpy(dataset.images(dataset.split("train")[: config.batch_size]))).to(training_device())
+        images = to_float(torch.from_numpy(dataset.images(drawn(dataset, "train", config.batch_size)))).to(training_device())
         choices = tune.options(config.autocast, config.channels_last)
         decision = {"student": tune.tune_student(*load_model(inputs["model"]), images, choices)}
         if "teacher" in inputs:
-            decision["teacher"] = tune.tune_teacher(*load_model(inputs["teacher"]), images, tune.options("auto", "auto"))
+            decision["teacher"] = tune.tune_teacher(*load_model(inputs["teacher"]), images, choices)
         write_decision(out, decision)
         return {"chosen": {side: {k: v for k, v in d.items() if k != "seconds"} for side, d in decision.items()}}

@@ -35,6 +35,7 @@ _BUDGET_SECONDS = 2.0
 class Widths:
     class Config(RunConfig):
         gate: bool = Field(True, description="False goes on with a model that became slower")
+        quantum: int = Field(1, ge=1, description="kept widths are multiples of it: what the first target prefers, wherever it is judged")
 
     takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA}
     gives = Kind.DECISION
@@ -69,21 +70,22 @@ class _Candidates:
     """Cuts copies of one model, exports and measures them against it."""
 
     def __init__(
-        self, model: nn.Module, spec: ModelSpec, scores: Mapping[str, Tensor], config: Any, judge: RunConfig, folder: Path, ctx: Context
+        self, model: nn.Module, spec: ModelSpec, scores: Mapping[str, Tensor], config: Any, judge: Any, folder: Path, ctx: Context
     ):
         from edgekd.profile.device import load_device
 
         self.model, self.spec, self.scores, self.config, self.judge, self.folder, self.ctx = model, spec, scores, config, judge, folder, ctx
         self.device = load_device(judge.device)
         self.backend = registry.load("backend", judge.backend)()
-        self.quantum = config.quantum if isinstance(config.quantum, int) else self.device.channel_multiple("fp32")
+        self.quantum = config.quantum if isinstance(config.quantum, int) else judge.quantum
         self.goal, self.value = config.target.goal
         self.measured: dict[float, dict[str, Any]] = {}
+        self.batch = judge.batch
         self.base = self._export(model, "base")
 
     def search(self) -> dict[str, Any]:
         """The decision: ratio, widths, trials, and the measured speed-up of what was chosen."""
-        from edgekd.errors import EdgekdError
+        from edgekd.errors import BackendError, StructureRefused
         from edgekd.prune._target import Limits, find_ratio
 
         goal, target = self._relative_goal()
@@ -93,7 +95,7 @@ class _Candidates:
             found = find_ratio(self._evaluate if goal == "speedup" else lambda r: self._kept(r, goal), goal, target, limits=limits)  # type: ignore[arg-type]
             ratio, met, reason, trials = found.ratio, found.met, found.reason, [list(t) for t in found.trials]
             speed = self.measured.get(ratio) or (self._measure(ratio) if ratio else {"ratio": 1.0, "ci95": [1.0, 1.0]})
-        except EdgekdError as problem:
+        except (StructureRefused, BackendError) as problem:  # a fact about the model; a full disk or a busy machine is none
             ratio, met, reason, trials, error, speed = 0.0, False, str(problem), [], str(problem), {"ratio": None, "ci95": None}
         _, report = self._cut(ratio) if ratio else (None, None)
         widths = {name: after for name, (before, after) in report.widths.items() if after != before} if report else {}
@@ -139,6 +141,7 @@ class _Candidates:
 
     def _evaluate(self, ratio: float) -> float:
         self.measured[ratio] = self._measure(ratio)
+        _known(self.measured[ratio]["ratio"])
         found, low = self.measured[ratio]["ratio"], self.measured[ratio]["ci95"][0]
         self.ctx.console.say(f"  pruning {ratio:.0%} of every width: {found:.2f}x measured, at least {low:.2f}x")
         return float(low)  # the end of the interval: one lucky measurement must not end the search
@@ -151,7 +154,6 @@ class _Candidates:
         sessions = {"base": self._open(self.base), "candidate": self._open(self._export(candidate, f"{ratio:.4f}"))}
         samples = m.measure(sessions, dict.fromkeys(sessions, self._feeds()), budget_s=_BUDGET_SECONDS)
         found: dict[str, Any] = m.ratio(samples["base"], samples["candidate"])
-        _known(found["ratio"])
         return found
 
     def _cut(self, ratio: float) -> tuple[nn.Module, Any]:
@@ -166,7 +168,8 @@ class _Candidates:
         from edgekd.export.onnx import export_onnx
 
         path = self.folder / f"{name}.onnx"
-        export_onnx(model, self.spec.image_size, path)
+        if not export_onnx(model, self.spec.image_size, path)["dynamic_batch"]:
+            self.batch = 1
         return path
 
     def _open(self, graph: Path) -> Any:
@@ -181,13 +184,13 @@ class _Candidates:
         from edgekd.export.onnx import INPUT
 
         side = self.spec.image_size
-        return {INPUT: np.random.default_rng(0).standard_normal((self.judge.batch, 3, side, side), dtype=np.float32)}
+        return {INPUT: np.random.default_rng(0).standard_normal((self.batch, 3, side, side), dtype=np.float32)}
 
 
 def _known(value: float | None) -> float:
-    """A measured value; raises BackendError where the runtime was too slow to give one."""
-    from edgekd.errors import BackendError
+    """A measured value; raises DeviceError where the runtime was too slow to give one: perhaps only now, so nothing is decided."""
+    from edgekd.errors import DeviceError
 
     if value is None:
-        raise BackendError("the model is too slow to be measured", hint="prune to a fraction of operations instead: target: {macs: 0.5}")
+        raise DeviceError("the model is too slow to be measured", hint="prune to a fraction of operations instead: target: {macs: 0.5}")
     return value

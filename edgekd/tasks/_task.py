@@ -39,5 +39,9 @@ class Task(Protocol):
     def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]] | None:
         """Counts by true row and decided column, or None where the task has none."""
 
+    # Two more, which a task may leave out:
+    #   misfit(outputs, classes) -> str | None: why these outputs cannot belong to data of so many classes, in a sentence
+    #   chance(labels) -> float: the metric of a model that knows nothing but how often each answer is right
+
     def postprocess(self) -> dict[str, Any]:
         """How a bundle turns outputs into an answer, for predict.py."""

@@ -37,6 +37,17 @@ class Classification:
 
         return F.cross_entropy(outputs, target, label_smoothing=smoothing)
 
+    def misfit(self, outputs: Floats, classes: int) -> str | None:
+        if outputs.ndim == 2 and outputs.shape[1] == classes:
+            return None
+        return f"the model gives outputs of shape {outputs.shape[1:]}, the data have {classes} classes"
+
+    def chance(self, labels: Ints) -> float:
+        """The share of the most frequent class."""
+        import numpy as np
+
+        return float(np.bincount(labels).max() / len(labels))
+
     def scores(self, outputs: Floats, labels: Ints) -> Floats:
         """1 where the most likely class is the label, else 0."""
         correct: Floats = (outputs.argmax(1) == labels).astype("float32")

@@ -57,11 +57,15 @@ def main() -> None:
     for path in images_of(sys.argv[1:]):
         found += 1
         try:
-            image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP")).convert("RGB")
-        except (OSError, ValueError) as error:
+            image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP"))
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+            x = preprocess(image.convert("RGB"), bundle["preprocess"])
+        except Exception as error:  # decoders raise many types on damaged files; one of them must not end the folder
             print(f"{path.name}: cannot be read: {error}", file=sys.stderr)
             continue
-        probabilities = softmax(session.run(None, {bundle["input"]: preprocess(image, bundle["preprocess"])})[0][0].astype(np.float64))
+        x = np.repeat(x, bundle["fixed_batch"] or 1, axis=0)  # a model for a fixed batch gets the image that many times
+        probabilities = softmax(session.run(None, {bundle["input"]: x})[0][0].astype(np.float64))
         best = int(probabilities.argmax())
         print(f"{path.name}\t{bundle['labels'][best]}\t{probabilities[best]:.4f}")
     if not found:

@@ -7,6 +7,8 @@ killed anywhere continues to the same bytes.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +28,6 @@ from edgekd.train.optim import Average, learning_rate, make_optimizer
 from edgekd.train.views import View
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from edgekd.tasks._task import Task
     from edgekd.train.distiller import Distiller
 
-_CHECKPOINT_SECONDS = 10.0
+_CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = 10.0, 0.02  # at least so far apart, and at most this part of the time
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Trained:
     curves: list[dict[str, Any]]
     steps: int
     images: int
+    elsewhere: str = ""  # a resume in another environment, in words
 
 
 def fit(job: Job, ctx: Context) -> Trained:
@@ -105,21 +106,51 @@ def fit(job: Job, ctx: Context) -> Trained:
     Raises TrainingDiverged for a term that is not finite, Interrupted after a signal (checkpointed).
     """
     run = _Run(job)
-    run.resume()
-    with ctx.console.bar(job.name, run.total) as bar, ctx.stop.deferred():
+    elsewhere = run.resume()
+    if elsewhere:
+        ctx.console.warn(
+            f"{job.name} goes on from a checkpoint of another environment ({elsewhere}): close to one uninterrupted run, not byte-identical"
+        )
+    with ctx.console.bar(job.name, run.total) as bar, ctx.stop.deferred(), _reproducible(job.device):
         started, first, saved = time.monotonic(), run.step, time.monotonic()
-        shown = started
+        shown, pause = started, _CHECKPOINT_SECONDS
         for batch in run.remaining():
             terms = run.train_step(batch.positions, batch.images)
             now = time.monotonic()
             if now - shown > job.cfg.log_seconds:
                 rate, shown = (run.step - first) * job.cfg.batch_size / (now - started), now
                 bar.update(run.step, **{n: f"{v:.3f}" for n, v in terms.items()}, rate=f"{rate:.0f}/s")
-            if ctx.stop.code is not None or now - saved > _CHECKPOINT_SECONDS:
+            if ctx.stop.code is not None or now - saved > pause:
                 run.save()
                 saved = time.monotonic()
+                pause = max(_CHECKPOINT_SECONDS, (saved - now) / _CHECKPOINT_SHARE)
             ctx.stop.check()
     return run.finish()
+
+
+@contextmanager
+def _reproducible(device: str) -> Iterator[None]:
+    """On the CPU, only operations whose sums do not depend on thread timing (backward of an indexed table, for one); warns where there is none."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if device == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def _environment(device: str) -> dict[str, str]:
+    """What byte-identical results depend on beside the key of the step."""
+    return {
+        "torch": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+    }
 
 
 class _Run:
@@ -141,6 +172,7 @@ class _Run:
         self.best: dict[str, Any] = {}
         self.sums: dict[str, float] = {}
         self.last_finite: dict[str, float] = {}
+        self.elsewhere = ""  # what differed where it was resumed
 
     # ------------------------------------------------------------------------------------------------ steps
     def remaining(self) -> Iterator[DataBatch]:
@@ -269,14 +301,19 @@ class _Run:
             "curves": self.curves,
             "best": self.best,
             "sums": self.sums,
+            "environment": _environment(self.job.device),
+            "elsewhere": self.elsewhere,
         }
         checkpoint.save(self.job.work, state)
 
-    def resume(self) -> None:
-        """Takes over a checkpoint of the same job, if there is one."""
+    def resume(self) -> str:
+        """Takes over a checkpoint of the same job, if there is one; returns what of its environment differed, in words."""
         state = checkpoint.load(self.job.work)
         if state is None:
-            return
+            return ""
+        here = _environment(self.job.device)
+        found = ", ".join(f"{n} {v}, here {here.get(n)}" for n, v in state.get("environment", {}).items() if here.get(n) != v)
+        self.elsewhere = found or state.get("elsewhere", "")
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
@@ -285,6 +322,7 @@ class _Run:
             if name in state["gradients"]:
                 parameter.grad = state["gradients"][name].to(parameter.device)
         self.step, self.curves, self.best, self.sums = state["step"], state["curves"], state["best"], state["sums"]
+        return found
 
     def finish(self) -> Trained:
         """The kept weights, on the CPU, in eval mode."""
@@ -297,7 +335,7 @@ class _Run:
         for name, tensor in kept.state_dict().items():
             if not bool(tensor.isfinite().all()):  # what would be published could not be read again
                 raise TrainingDiverged(f"'{name}' is not finite at the end", where=self.job.name, expected="finite weights")
-        return Trained(kept, self.curves, self.total, self.total * self.job.cfg.batch_size)
+        return Trained(kept, self.curves, self.total, self.total * self.job.cfg.batch_size, self.elsewhere)
 
 
 def _finite(value: float) -> bool:

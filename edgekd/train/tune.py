@@ -92,6 +92,8 @@ def _choose(choices: list[Speed], prepare: Callable[[Speed], Callable[[], object
     if len(choices) == 1:
         return {"autocast": choices[0].autocast, "channels_last": choices[0].channels_last, "seconds": {}}
     runs = {speed: run for speed in choices if (run := prepare(speed)) is not None}
+    if not runs and (plain := prepare(Speed())) is not None:  # none of those that the settings allow agrees with fp32
+        runs = {Speed(): plain}
     taken: dict[Speed, list[float]] = {speed: [] for speed in runs}
     started = time.monotonic()
     for number in range(_ROUNDS + 1):

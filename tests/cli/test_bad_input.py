@@ -310,3 +310,39 @@ def test_ctrl_c_outside_training_is_130_and_leaves_nothing_half_written(home: Pa
     assert returned == 130, said
     assert "Traceback" not in said
     assert not list((home / "tmp").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------ the run folder
+def test_a_run_never_replaces_a_folder_that_is_no_bundle(home: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "mine" / "host" / "thesis.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("do not delete")
+    result = run_here("compress", QUICKSTART, "--out", tmp_path / "mine")
+    assert result.code == 2
+    assert "'host' is there already, and is no bundle of an earlier run" in result.err
+    assert kept.read_text() == "do not delete"
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_runs(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = run_here("compress", QUICKSTART, "--out", place)
+        assert result.code == 2, result.text
+        assert "the run folder cannot be made" in result.err
+    assert not list((home / "v1").glob("*/*"))
+
+
+def test_two_runs_never_share_a_default_folder(tmp_path: Path) -> None:
+    from edgekd.api import _new_folder
+
+    made = [_new_folder(tmp_path / "runs", "quickstart") for _ in range(3)]
+    assert [p.name for p in made] == ["quickstart-1", "quickstart-2", "quickstart-3"]
+    assert all(p.is_dir() for p in made)
+
+
+def test_a_run_that_fails_leaves_no_empty_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_here("compress", QUICKSTART, "-o", "data.max_per_class=20", "-o", "teacher.args={}")
+    assert result.code == 3, result.text
+    assert "img_size" in result.err  # the ViT wants 224 pixels: said before training, with what to set
+    assert not (tmp_path / "runs" / "quickstart-1").exists()

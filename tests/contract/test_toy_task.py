@@ -131,7 +131,7 @@ def test_the_bundle_carries_the_tasks_postprocessing(finished: tuple[dict[str, A
     body = json.loads((bundle / "bundle.json").read_text())
     assert body["task"] == "toy_parity_of_label"
     assert body["postprocess"] == {"kind": "sign", "answer": "odd"}
-    assert "sample images give the stored labels" in api.verify(bundle)["samples"]
+    assert "sample images give the stored label" in api.verify(bundle)["samples"]
 
 
 def test_predict_py_does_not_guess_at_the_answer_of_a_task_it_does_not_know(

@@ -184,7 +184,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_verify_accepts_the_bundle_and_its_samples(quickstart: Finished) -> None:
     found = run_here("verify", quickstart.bundle, "--json")
     assert found.code == 0, found.err
-    assert "give the stored labels" in found.json()["samples"]
+    assert "sample images give the stored label" in found.json()["samples"]
 
 
 def test_predict_py_gives_the_labels_of_the_shipped_engine(quickstart: Finished, tmp_path: Path) -> None:

@@ -167,3 +167,112 @@ def test_import_does_not_overwrite_what_it_reads(tmp_path: Path, weights: Path) 
     assert result.code == 2
     assert "--out" in result.err
     assert copy.read_bytes() == weights.read_bytes()
+
+
+def test_normalisation_that_import_was_told_is_used_where_none_is_given(photos: Path, tmp_path: Path, weights: Path) -> None:
+    run_here("import", weights, "--arch", "resnet10t", "--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6", "--out", tmp_path / "w.safetensors")
+    shipped = json.loads((bundle_of(single("export", tmp_path / "w.safetensors", photos, tmp_path / "run")) / "bundle.json").read_text())
+    assert (shipped["preprocess"]["mean"], shipped["preprocess"]["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    asked = single("export", tmp_path / "w.safetensors", photos, tmp_path / "asked", "--mean", "0,0,0")
+    assert json.loads((bundle_of(asked) / "bundle.json").read_text())["preprocess"]["mean"] == [0.0, 0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ a user's ONNX file
+def onnx_net(path: Path, classes: int, *, batch: int | None = None, shape: tuple[int, int] = (32, 32)) -> Path:
+    """A file as a user has it: exported by torch, one convolution and a classifier."""
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes)).eval()
+    shapes = None if batch else ({0: torch.export.Dim("n", min=1, max=64)},)
+    torch.onnx.export(
+        model, (torch.zeros(batch or 2, 3, *shape),), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
+    )
+    return path
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_an_onnx_file_with_another_number_of_classes_is_refused(photos: Path, tmp_path: Path, classes: int) -> None:
+    result = single("quantize", onnx_net(tmp_path / "m.onnx", classes), photos, tmp_path / "run")
+    assert result.code == 3, result.text
+    assert f"the model gives outputs of shape ({classes},), the data have 3 classes" in result.err
+
+
+def test_an_onnx_file_for_other_images_is_refused(photos: Path, tmp_path: Path) -> None:
+    result = single("quantize", onnx_net(tmp_path / "m.onnx", 3, batch=1, shape=(32, 24)), photos, tmp_path / "run")
+    assert result.code == 3, result.text
+    assert "it is not a classifier of square images" in result.err
+
+
+@pytest.mark.parametrize("batch", [3, 16])
+def test_an_onnx_file_for_a_fixed_batch_ships_verifies_predicts_and_is_profiled_as_it_is(photos: Path, tmp_path: Path, batch: int) -> None:
+    import subprocess
+    import sys
+
+    file = onnx_net(tmp_path / "m.onnx", 3, batch=batch)
+    result = single("quantize", file, photos, tmp_path / "run", "--no-gate", "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5")
+    assert result.code in (0, 4), result.text
+    assert result.json()["targets"][0]["batch"] == batch
+    bundle = bundle_of(result)
+    assert run_here("verify", bundle).code == 0
+    answer = subprocess.run([sys.executable, bundle / "predict.py", photos / "class0"], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert len(answer.stdout.splitlines()) == 16
+    refused = run_here("profile", bundle, "--batch", "2")
+    assert refused.code == 2
+    assert f"--batch {batch}" in refused.err
+
+
+def test_an_onnx_file_that_says_nothing_of_its_normalisation_is_warned_about(photos: Path, tmp_path: Path) -> None:
+    result = single("export", onnx_net(tmp_path / "m.onnx", 3), photos, tmp_path / "run")
+    assert "mean and std 0.5 are assumed" in result.err
+    assert any("mean and std 0.5 are assumed" in w for w in result.json()["warnings"])
+
+
+def test_weights_that_are_not_there_are_not_trained_from_scratch(photos: Path, tmp_path: Path) -> None:
+    result = single("train", tmp_path / "wieghts.safetensors", photos, tmp_path / "run")
+    assert result.code == 3
+    assert "there is no such model" in result.err
+
+
+# ------------------------------------------------------------------------------------------------------------ bundles of strangers
+def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result, tmp_path: Path) -> None:
+    from edgekd.bundle import MANIFEST, write_manifest
+
+    for name, words in (("../../x.onnx", "is not in the manifest"), ("bundle.json", "")):
+        bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / name.replace("/", "_")))
+        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name}
+        (bundle / "bundle.json").write_text(json.dumps(facts))
+        manifest = json.loads((bundle / MANIFEST).read_text())
+        (bundle / MANIFEST).unlink()
+        write_manifest(bundle, {k: v for k, v in manifest.items() if k not in ("schema", "files", "digest")})
+        result = run_here("verify", bundle)
+        assert result.code == 3, result.text  # refused as a bundle, or as an ONNX file before any runtime opens it
+        assert words in result.err
+        assert "onnxruntime" not in result.err
+
+
+def test_verify_fails_where_outputs_differ_even_if_the_labels_agree(exported: Result, tmp_path: Path) -> None:
+    import numpy as np
+
+    from edgekd.bundle import MANIFEST, write_manifest
+    from edgekd.safeio.arrays import write_arrays
+
+    bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / "b"))
+    with np.load(bundle / "samples.npz") as stored:
+        arrays = {n: stored[n] for n in stored.files}
+    (bundle / "samples.npz").unlink()
+    write_arrays(bundle / "samples.npz", arrays | {"outputs": arrays["outputs"] * 1.5})
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).unlink()
+    write_manifest(bundle, {k: v for k, v in manifest.items() if k not in ("schema", "files", "digest")})
+    result = run_here("verify", bundle)
+    assert result.code == 4
+    assert "outputs differ by up to" in result.err
+
+
+def test_samples_and_parity_images_come_from_all_classes(exported: Result) -> None:
+    import numpy as np
+
+    with np.load(bundle_of(exported) / "samples.npz") as stored:
+        assert set(stored["labels"].tolist()) == {0, 1, 2}

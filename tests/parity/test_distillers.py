@@ -140,3 +140,14 @@ def test_a_token_branch_merges_patches_and_keeps_the_class_token() -> None:
     assert branch.mergers(torch.randn(2, 196, 192)).shape == (2, 49, 192)
     assert branch(torch.randn(2, 197, 192)).shape == (2, 10)
     assert len(branches["3"].blocks) == 1
+
+
+def test_kd_asks_for_no_features_so_a_model_without_stages_can_learn() -> None:
+    from torch import nn
+
+    from edgekd.models.spec import ModelSpec
+    from edgekd.stages.distill import side
+
+    spec = ModelSpec(arch="x", num_classes=3, image_size=8, mean=(0, 0, 0), std=(1, 1, 1), timm="1")
+    flat = side(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), spec, taps="taps" in registry.load("distill", "kd").needs)
+    assert flat.taps == ()

@@ -89,6 +89,14 @@ def test_only_the_host_is_this_machine() -> None:
 
 
 @pytest.mark.parametrize(
+    ("seen", "device"), [("NVIDIA H200", "nvidia-h200"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H2", None), ("NVIDIA GPU", None)]
+)
+def test_a_card_that_the_driver_names_is_this_machine(monkeypatch: pytest.MonkeyPatch, seen: str, device: str | None) -> None:
+    monkeypatch.setattr("edgekd.profile.device.detect", lambda: _machine(gpu=seen))
+    assert [name for name in SHIPPED if same_machine(load_device(name))] == ([device] if device else [])
+
+
+@pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("fp32_tflops: 0.154", "fp32_tflops: 0.2", r"rpi5\.yaml:\d+:\d+: compute\.fp32_tflops: is 0\.2, its provenance says 0\.154"),

@@ -242,6 +242,20 @@ def test_the_file_that_is_read_is_never_overwritten(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious"
 
 
+def test_published_weights_of_other_classes_keep_the_fresh_head(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    published = timm.create_model("resnet10t", num_classes=1000)
+    save_file(published.state_dict(), tmp_path / "w.safetensors")
+    model = models.build(spec_of("resnet10t", {}, classes=6), seed=3)
+    head = {n: t.clone() for n, t in model.state_dict().items() if n.startswith("fc.")}
+    with pytest.raises(CheckpointRefused, match=r"fc\.weight"):
+        models.load_state(model, tmp_path / "w.safetensors")
+    models.load_state(model, tmp_path / "w.safetensors", other_head="fc")
+    now, wanted = model.state_dict(), published.state_dict()
+    assert all(torch.equal(now[n], head[n] if n in head else wanted[n]) for n in now)
+
+
 # ------------------------------------------------------------------------------------------------------------ published weights
 BODY = b"the bytes of a published file"
 HASH = hashlib.sha256(BODY).hexdigest()

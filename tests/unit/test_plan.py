@@ -133,7 +133,15 @@ SEGMENT = [*cut("prune"), *taught("recover"), "prune.gate"]
         ),
         (
             "baseline",
-            [*TEACHER, *taught("distill"), *SEGMENT, *rounded("quantize"), *taught("student alone"), *ended("host", teacher=True)],
+            [
+                *TEACHER,
+                *taught("distill"),
+                *SEGMENT,
+                *rounded("quantize"),
+                *taught("student alone"),
+                "student alone.test",
+                *ended("host", teacher=True),
+            ],
         ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -170,6 +178,8 @@ def test_the_baseline_trains_as_long_as_the_first_learning_stage_and_without_a_t
     assert step.stage == "train"
     assert step.settings.config.epochs == 3  # type: ignore[attr-defined]
     assert step.inputs["model"] == "student"
+    test = planned("baseline").step("student alone.test")  # compared as what ships is: on test
+    assert (test.settings.config.split, test.inputs["engine"]) == ("test", "student alone.engine")  # type: ignore[attr-defined]
 
 
 def test_a_device_without_a_backend_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,3 +130,44 @@ def test_every_shipped_recipe_is_found_by_name_and_by_its_documented_path(here: 
 def test_a_recipe_can_name_no_code(here: Path) -> None:
     for field in ("code", "import", "script", "hook", "_component_", "env"):
         assert "unknown field" in problems(BASE + f"{field}: os.system\n", here)
+
+
+@pytest.mark.parametrize("change", ["{data.root: /etc}", "{data: {format: image_folder, root: /etc}}", "{teacher.weights: ../../x.pt}"])
+def test_set_of_a_recipe_leads_no_path_out_either(here: Path, change: str) -> None:
+    found = problems(f"extends: base.yaml\nset: {change}\n", here)
+    assert "leaves the folders it may use" in found
+
+
+def test_a_whole_section_of_the_command_line_is_resolved_and_known_by_its_leaves(here: Path) -> None:
+    (here / "r.yaml").write_text("extends: base.yaml\n")
+    loaded = load("r.yaml", ["data={format: image_folder, root: photos, image_size: 32, split: {val: 0.2}}"])
+    assert loaded.recipe.data.root == here / "photos"
+    rows = {row["path"]: row for row in resolved(loaded)}
+    assert rows["data.split.val"]["source"].startswith("-o data=")
+
+
+@pytest.mark.parametrize("override", ["stages.prune.criterion=l2", "stages.0.distill.epochs=1", "teacher.mean.0=0.5"])
+def test_an_item_of_a_list_cannot_be_named(here: Path, override: str) -> None:
+    found = problems("extends: base.yaml\nset: {teacher.mean: [0.5, 0.5, 0.5]}\n", here, override)
+    assert re.search(r"-o \S+: '(stages|mean)' is a list", found)
+
+
+@pytest.mark.parametrize("name", ["student", "preflight", "shipped", "teacher", "data"])
+def test_a_stage_cannot_take_the_name_of_a_step_that_every_plan_has(here: Path, name: str) -> None:
+    assert f"two things are named '{name}'" in problems(BASE.replace("name: recover", f"name: {name}"), here)
+
+
+def test_a_target_that_asks_for_int8_needs_a_stage_that_quantizes(here: Path) -> None:
+    text = BASE.replace("  - quantize: {}\n", "") + "targets: {host: {precision: int8}}\n"
+    assert "targets.host.precision: int8 is asked for, and no stage quantizes" in problems(text, here)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "num_classes"])
+def test_arguments_of_an_architecture_cannot_load_files(here: Path, name: str) -> None:
+    assert f"'{name}' is not an argument of an architecture" in problems(
+        BASE.replace("arch: resnet10t", f"arch: resnet10t, args: {{{name}: x}}"), here
+    )
+
+
+def test_internal_steps_are_no_stages_of_a_recipe(here: Path) -> None:
+    assert "unknown stage 'widths'" in problems(BASE.replace("quantize: {}", "widths: {}"), here)

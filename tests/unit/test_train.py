@@ -478,6 +478,7 @@ def test_a_run_continues_from_the_generation_before_a_torn_checkpoint(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgekd.train.loop._CHECKPOINT_SECONDS", -1.0)  # after every step
+    monkeypatch.setattr("edgekd.train.loop._CHECKPOINT_SHARE", float("inf"))
     cfg = settings(epochs=2)
     undisturbed = fit(make_job(dataset, tmp_path / "whole", cfg), context())
     with pytest.raises(Interrupted):
@@ -531,3 +532,37 @@ with stop.installed(), stop.deferred():
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (code, "still here\n")
+
+
+# ------------------------------------------------------------------------------------------------------------ elsewhere
+def test_a_resume_in_another_environment_is_said_and_kept_in_the_result(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted):
+        fit(make_job(dataset, tmp_path, settings(epochs=2)), stop_after(2))
+    monkeypatch.setattr("edgekd.train.loop._environment", lambda device: {"torch": "9.9", "threads": "64"})
+    trained = fit(make_job(dataset, tmp_path, settings(epochs=2)), context())
+    assert "here 9.9" in trained.elsewhere
+    assert fit(make_job(dataset, tmp_path / "fresh", settings(epochs=1)), context()).elsewhere == ""
+
+
+def test_a_model_whose_backward_adds_up_in_parallel_trains_to_the_same_bytes_each_time(dataset: Dataset, tmp_path: Path) -> None:
+    """The table of a relative position bias, indexed as Swin does, large enough for torch to add to it from several threads."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.table, self.weight = net(), nn.Parameter(torch.randn(17, 64)), torch.randn(4096, 64)
+            self.register_buffer("index", torch.arange(4096) * 7919 % 17)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x) + (self.table[self.index] * self.weight * x.mean()).sin().sum() * 1e-3
+
+    torch.manual_seed(4)
+    start = Table()
+    found = []
+    for number in range(3):
+        job = make_job(dataset, tmp_path / str(number), settings(epochs=2), model=copy.deepcopy(start))
+        found.append(weights(fit(job, context()).model))
+    assert found[0] == found[1] == found[2]
+    assert not torch.are_deterministic_algorithms_enabled()  # only while it trains
