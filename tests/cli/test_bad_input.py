@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import QUICKSTART, Finished, Result, environment, run_here, write_images
+from tests.support import QUICKSTART, Finished, Result, artifacts, environment, run_here, write_images
 
 BASE = Path(QUICKSTART).read_text(encoding="utf-8")
 
@@ -310,6 +310,7 @@ def test_ctrl_c_outside_training_is_130_and_leaves_nothing_half_written(home: Pa
     assert returned == 130, said
     assert "Traceback" not in said
     assert not list((home / "tmp").iterdir())
+    assert "preflight" not in artifacts(home)  # whoever caught the signal inside, the step was not published
 
 
 # ------------------------------------------------------------------------------------------------------------ the run folder

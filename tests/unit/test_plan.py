@@ -163,7 +163,24 @@ def test_a_target_that_is_away_is_judged_here_and_compiled_for_itself() -> None:
     assert plan.step("rpi5.compile").settings.config.device == "rpi5"  # type: ignore[attr-defined]
     assert plan.step("rpi5.test").inputs["engine"] == "rpi5.check"
     assert plan.step("prune.gate").settings.config.timed is False  # type: ignore[attr-defined]
-    assert plan.step("rpi5.bundle").settings.config.measured is False  # type: ignore[attr-defined]
+
+
+def test_a_target_whose_runtime_has_no_int8_is_left_out_of_quantizing_and_that_is_said() -> None:
+    plan = planned("quickstart", "targets={host: {}, jetson-orin-nano: {}}")
+    assert [s.name for s in plan.steps if s.stage == "quantize"] == ["quantize"]
+    assert plan.notes == ["jetson-orin-nano: 'quantize' is left out, its onnxruntime does not run int8"]
+    places = {p.device: (p.runs, p.int8) for p in plan.step("preflight").settings.config.places}  # type: ignore[attr-defined]
+    assert places == {"host": (True, True), "jetson-orin-nano": (False, False)}
+
+
+def test_widths_are_multiples_of_what_the_first_target_prefers_wherever_it_is_judged() -> None:
+    def quantum(*overrides: str) -> int:
+        step = planned("quickstart", *overrides).step("prune.widths")
+        return int(step.settings.facts["judge"]["quantum"])
+
+    assert quantum("targets={rpi5: {precision: fp32}}") == 8
+    assert quantum("targets={rpi5: {}}") == 16
+    assert quantum("targets={nvidia-h200: {}}") == 8
 
 
 def test_each_target_is_quantized_in_the_flavour_of_its_device() -> None:
@@ -360,9 +377,9 @@ def test_an_onnx_file_that_changed_changes_its_key(here: Path) -> None:
     assert changed(plan, planned("ONNX file")) == after(plan, "model")
 
 
-def test_a_budget_concerns_gates_and_the_bundle_only() -> None:
+def test_a_budget_concerns_gates_only() -> None:
     direct = ingredients_changed(planned("quickstart"), planned("quickstart", "targets.host.budget={p95_ms: 3}"))
-    assert direct == {"prune.gate", "quantize.gate", "host.bundle"}
+    assert direct == {"prune.gate", "quantize.gate"}
 
 
 def ingredients_changed(before: Plan, after: Plan) -> set[str]:
@@ -376,8 +393,14 @@ def test_another_seed_changes_every_key() -> None:
     assert keys(plan).keys() == changed(plan, planned("quickstart", "seed=1"))
 
 
-def test_the_gate_switch_changes_what_decides_and_nothing_before_it() -> None:
-    assert ingredients_changed(planned("quickstart"), planned("quickstart", gate=False)) == {"prune.widths", "prune.gate", "quantize.gate"}
+def test_the_gate_switch_changes_what_decides_and_no_training() -> None:
+    moved = ingredients_changed(planned("quickstart"), planned("quickstart", gate=False))
+    assert moved == {
+        "teacher.val",
+        "prune.widths",
+        "prune.gate",
+        "quantize.gate",
+    }  # teacher.val: no gate lets a teacher at chance level pass
 
 
 def test_a_replayed_decision_has_a_key_of_its_own() -> None:
@@ -432,9 +455,9 @@ def test_every_ingredient_is_part_of_the_key(ingredient: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "steps"),
     [
-        ("distill", "ofa", {"distill"}),
-        ("criterion", "l1", {"prune", "prune.widths"}),
-        ("quantize", "ptq", {"quantize"}),
+        ("distill", "ofa", {"distill", "preflight"}),
+        ("criterion", "l1", {"prune", "prune.widths", "preflight"}),
+        ("quantize", "ptq", {"quantize", "preflight"}),
         ("format", "digits", {"data"}),
         ("stage", "export", {"teacher.export", "distill.export", "prune.export", "recover.export"}),
         ("backend", "onnxruntime", {f"{n}.engine" for n in ("teacher", "distill", "prune", "recover", "quantize")} | {"host.compile"}),
