@@ -11,6 +11,7 @@ from edgekd.artifact import Artifact, Kind
 from edgekd.gate import paired_drop
 from edgekd.plan import Plan, Target
 from edgekd.recipe import resolved
+from edgekd.report.front import front, knob
 from edgekd.run import Done
 from edgekd.stages._stage import read_decision
 from edgekd.stages.compile import engine_bytes
@@ -44,7 +45,7 @@ class _Summary:
         failed = self._failed(targets, accept, parity)
         if failed:
             accept["reason"] = "; ".join(failed)
-        return {
+        body = {
             "recipe": {"name": self.plan.loaded.name, "resolved": resolved(self.plan.loaded)},
             "decisions": str(self.folder / "decisions.json"),
             "teacher": teacher,
@@ -63,10 +64,11 @@ class _Summary:
             "parity": parity,
             "footprint": self.trace["footprint"],
         }
+        return body | ({"front": front(body), "knob": knob(body)} if failed else {})
 
     def _failed(self, targets: list[dict[str, Any]], accept: dict[str, Any], parity: list[dict[str, Any]]) -> list[str]:
         """Why the result is not accepted, in words; empty where it is."""
-        found = [f"{t['device']}: {t['budget_reason']}" for t in targets if t["over_budget"]]
+        found = [f"{t['device']}: {t['reason']}" for t in targets if t["budget_met"] is False]
         asked = {t.name: t.config.precision for t in self.plan.targets}
         found += [
             f"{t['device']}: {asked[t['device']]} was asked for, {t['precision']} is what passed the gate"
@@ -181,7 +183,6 @@ class _Summary:
         latency = {k: trace[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if measured and trace["p50"] is not None else None
         size = int(bundle.meta["size_bytes"])
         missed, reason = self._budget(target, latency, size)
-        over = missed is True or (not measured and target.config.budget.missed(None, size)[0] is True)
         row: dict[str, Any] = {
             "device": name,
             "backend": target.backend,
@@ -194,8 +195,6 @@ class _Summary:
             "model_file": bundle.meta["model_file"],
             "budget": {k: v for k, v in target.config.budget.model_dump().items() if v is not None},
             "budget_met": None if missed is None else not missed,
-            "over_budget": over,
-            "budget_reason": reason,
             "reason": reason,
             "bundle": str(self.folder / name),
             "threads": target.config.threads,
@@ -206,7 +205,7 @@ class _Summary:
                 "budget_met": None,
                 "predicted_ms": _predicted(bundle, target),
                 "reason": f"{name} is not this machine: latency was not measured, accuracy and size were judged here on onnxruntime"
-                + (f"; {reason}" if over else ""),
+                + (f"; {reason}" if missed else ""),
             }
         return row
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgekd.report import plots, text
 from edgekd.report.page import page
-from edgekd.report.summary import StageRow, TargetRow, acceptance, metrics, outcome, ratio, stage_rows, target_rows, title
+from edgekd.report.summary import StageRow, TargetRow, acceptance, metrics, next_steps, outcome, ratio, stage_rows, target_rows, title
 
 _MAX_OPERATORS = 15
 _MAX_CONFUSIONS = 20
@@ -91,7 +91,9 @@ def _plot(figures: Figures, figure: plots.Figure, says: str) -> str:
 # ------------------------------------------------------------------------------------------------- headline
 def _top(run: Run) -> str:
     words = outcome(run)
-    sentence = f"<p>{_e(words[:1].upper() + words[1:])}</p>"
+    sentence = f"<p>{_e(words[:1].upper() + words[1:])}</p>" + "".join(
+        _note(f"{name[:1].upper()}{name[1:]}: {said}") for name, said in next_steps(run)
+    )
     return f'<h1><bdi>{_e(title(run))}</bdi></h1>\n{sentence}\n<div class="tiles">{"".join(_tiles(run))}</div>'
 
 

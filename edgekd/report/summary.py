@@ -62,10 +62,21 @@ def summary(run: dict[str, Any]) -> RenderableType:
     if targets := target_rows(run):
         parts += [_target_table(targets), *_target_reasons(targets)]
     parts += [_line("warning: ", str(w), "yellow") for w in run.get("warnings") or []]
+    parts += [_line(f"{name}: ", words, "") for name, words in next_steps(run)]
     parts.append(_line("", headline(run), "bold"))
     if run.get("report"):
         parts.append(_line("report: ", str(run["report"]), ""))
     return Group(*parts)
+
+
+def next_steps(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """After a missed goal: what was measured and is not beaten, and the knob to turn; (name, words)."""
+    rows = [
+        f"{clean(str(r['name']))} {text.percent(r['metric'])}, {text.ms(r['p50'])}, {text.size(r['size_bytes'])}"
+        for r in run.get("front") or []
+    ]
+    found = [("best trade-offs measured", "; ".join(rows))] if rows else []
+    return found + ([("most likely to close the gap", clean(str(run["knob"])))] if run.get("knob") else [])
 
 
 def headline(run: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from edgekd.report import plots, text
+from edgekd.report.front import front, knob
 from edgekd.report.html import render
 from edgekd.report.summary import headline, stage_rows, summary, target_rows
 
@@ -639,3 +640,44 @@ def test_report_modules_load_neither_torch_nor_plotly_nor_rich() -> None:
     code = "import sys, edgekd.report.html, edgekd.report.summary; print({'torch', 'plotly', 'rich', 'numpy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+# ------------------------------------------------------------------------------------------------------------ a missed goal
+def measured(name: str, kind: str, metric: float, p50: float, mb: float, verdict: str | None = None) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "metric": metric, "latency_ms": {"p50": p50}, "size_bytes": int(mb * 1e6), "verdict": verdict}
+
+
+STAGES = [
+    measured("teacher", "train", 0.96, 4.0, 21.0),
+    measured("distill", "distill", 0.99, 0.8, 19.0),
+    measured("prune", "prune", 0.95, 0.2, 3.0, "kept"),
+    measured("recover", "distill", 0.98, 0.2, 3.0),
+    measured("quantize", "quantize", 0.97, 0.25, 0.8, "kept"),
+]
+
+
+def missed(budget: dict[str, float], stages: list[dict[str, Any]], *, met: bool | None = True) -> dict[str, Any]:
+    last = stages[-1]
+    target = {"budget": budget, "latency_ms": last["latency_ms"], "size_bytes": last["size_bytes"], "budget_met": False if budget else None}
+    return {"stages": stages, "targets": [target], "accept": {"met": met}}
+
+
+def test_the_front_holds_what_no_other_stage_beats() -> None:
+    assert [r["name"] for r in front(missed({}, STAGES))] == ["distill", "recover", "quantize"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "stages", "met", "words"),
+    [
+        ({"p50_ms": 0.1}, STAGES, True, r"prune further: -o prune\.target=\{speedup: 11\}"),  # 4x reached, 2.5x missing, a tenth more
+        ({"size_mb": 0.4}, STAGES, True, r"prune further: -o prune\.target=\{speedup: 8\.8\}"),
+        ({"size_mb": 1.0}, STAGES[:4], True, r"add a stage `- quantize"),
+        ({"p50_ms": 0.4}, STAGES[:2], True, r"add a stage `- prune: \{target: \{speedup: 2\.2\}\}`"),
+        ({}, STAGES, False, r"prune less: -o prune\.target"),
+        ({}, [*STAGES[:2], measured("quantize", "quantize", 0.9, 0.5, 5, "kept")], False, "leave int8 out"),
+        ({}, STAGES[:2], False, r"train longer: -o distill\.epochs=N"),
+        ({}, STAGES, True, "^$"),
+    ],
+)
+def test_the_knob_is_the_one_of_the_largest_gap(budget: dict[str, float], stages: list[dict[str, Any]], met: bool, words: str) -> None:
+    assert re.search(words, knob(missed(budget, stages, met=met)))
