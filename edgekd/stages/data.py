@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import Artifact, Kind
 from edgekd.data.config import DataConfig
+from edgekd.errors import DataRefused
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
 
@@ -26,4 +27,10 @@ class Data:
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.data.dataset import build  # numpy and Pillow
 
-        return build(settings.typed(DataConfig), ctx.seed, out, cache_dir=ctx.store.root)
+        config = settings.typed(DataConfig)
+        meta: dict[str, Any] = build(config, ctx.seed, out, cache_dir=ctx.store.root)
+        if (
+            settings.facts.get("index", meta["fingerprint"]) != meta["fingerprint"]
+        ):  # the key speaks of what was there when the run was planned
+            raise DataRefused("the dataset was changed while edgekd was running", where=str(config.root), hint="run the same command again")
+        return meta

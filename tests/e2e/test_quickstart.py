@@ -176,6 +176,14 @@ def test_a_later_change_runs_only_what_depends_on_it_and_a_baseline_is_added_bes
     assert baseline["size_bytes"] == now["distill"]["size_bytes"]  # the same architecture, unpruned
 
 
+def test_what_was_distilled_with_branches_holds_the_students_tensors_only(quickstart: Finished) -> None:
+    from safetensors.torch import load_file
+
+    first, distilled = (load_file(quickstart.artifacts[n].path / "model.safetensors") for n in ("student", "distill"))
+    assert distilled.keys() == first.keys()
+    assert {n: t.shape for n, t in distilled.items()} == {n: t.shape for n, t in first.items()}
+
+
 # ------------------------------------------------------------------------------------------------------------ the bundle
 def hashes(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}

@@ -16,8 +16,6 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from edgekd import registry
-from edgekd.artifact import Artifact, Kind
 from edgekd.errors import BackendError, ParityBroken
 from edgekd.export.onnx import INPUT, OPSET, OUTPUT, export_onnx
 from edgekd.quantize.ptq import PTQ
@@ -169,29 +167,17 @@ def test_modules_of_training_in_the_file_are_found(graph: Path) -> None:
         _assert_no_projector(bad, 5_000, "student")
 
 
-def test_a_distilled_student_is_exported_without_its_branches(tmp_path: Path) -> None:
-    """Through the stage: the artifact of a student that learned with projectors holds the student's tensors only."""
-    from edgekd.models.build import build, make_spec, save_model
+def test_a_trained_model_that_still_holds_a_branch_is_refused() -> None:
+    from edgekd.models.build import build, make_spec
     from edgekd.models.spec import ModelConfig
-    from edgekd.models.taps import TappedModel, stage_taps
-    from edgekd.stages._stage import Settings
+    from edgekd.stages.train import _assert_same_tensors
 
-    tiny = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    spec = make_spec(ModelConfig(arch="vit_tiny_patch16_224", args=tiny), num_classes=5, image_size=SIZE)
+    spec = make_spec(ModelConfig(arch="resnet10t"), num_classes=5, image_size=SIZE)
     model = build(spec)
-    tapped = TappedModel(model, stage_taps(model, SIZE))
-    tapped(torch.zeros(1, 3, SIZE, SIZE))
-    tapped.close()
-    for name in ("model", "graph"):
-        (tmp_path / name).mkdir()
-    save_model(model, spec, tmp_path / "model")
-    stage = registry.load("stage", "export")
-    artifact = Artifact("0" * 64, Kind.MODEL, tmp_path / "model", "digest")
-    stage().run(Settings("student", stage.Config()), {"model": artifact}, tmp_path / "graph", None)
-    held = sum(
-        int(np.prod(t.dims)) for t in onnx.load(tmp_path / "graph" / "model.onnx").graph.initializer if t.data_type == TensorProto.FLOAT
-    )
-    assert held <= 1.01 * sum(p.numel() for p in model.parameters()) + 100
+    _assert_same_tensors(model, spec, "distill")
+    model.branch = torch.nn.Linear(2, 2)
+    with pytest.raises(ParityBroken, match=r"still holds 'branch\.bias'"):
+        _assert_same_tensors(model, spec, "distill")
 
 
 # ------------------------------------------------------------------------------------------------------------ int8
@@ -302,6 +288,16 @@ def test_a_graph_that_cannot_be_quantized_is_a_backend_error(tmp_path: Path) -> 
         quantized(tmp_path / "junk.onnx", "u8s8", tmp_path / "m.onnx")
     assert caught.value.where == "junk.onnx"
     assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
+def test_a_short_last_batch_and_talk_of_the_calibrator_are_no_trouble(
+    graph: Path, tmp_path: Path, calibration: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = [*samples(), next(iter(samples()))[:1]]
+    PTQ(PTQ.Config(calibration=calibration)).quantize(graph, tmp_path / "m.onnx", iter(batches), "u8s8")
+    assert (tmp_path / "m.onnx").is_file()
+    assert capsys.readouterr().out == ""  # stdout is for data
 
 
 def test_calibration_without_images_is_a_backend_error(graph: Path, tmp_path: Path) -> None:

@@ -58,3 +58,17 @@ def test_a_step_whose_library_swallowed_the_signal_is_not_published(tmp_path: Pa
 def test_a_handler_of_exceptions_does_not_catch_an_interruption() -> None:
     assert not issubclass(Interrupted, Exception)
     assert issubclass(EdgekdError, Exception)
+
+
+def test_a_dataset_that_changes_between_plan_and_run_is_refused(home: Path, images: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from edgekd.errors import DataRefused
+    from edgekd.plan import build_plan
+    from edgekd.recipe import load
+
+    photos = Path(shutil.copytree(images, tmp_path / "photos"))
+    plan = build_plan(load("quickstart", [f"data={{format: image_folder, root: {photos}, image_size: 32}}"]), cache_dir=home)
+    next(photos.rglob("*.png")).unlink()
+    with pytest.raises(DataRefused, match="changed while edgekd was running"):
+        execute(plan, Context(Store(home), Console(quiet=True)))
