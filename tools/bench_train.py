@@ -1,7 +1,7 @@
 """Steps per second of edgekd's loop against a bare PyTorch loop with the same maths, batches and augmentation.
 
 ResNet-56 teaches ResNet-20 at 32 x 32, batch 128, kd, SGD. Blocks of steps of each variant are interleaved in one process; the figures are ratios of
-medians over the blocks. `python tools/bench_train.py [--blocks N] [--steps N]`
+medians over the blocks. Memory is kept between steps for all of them, since one process has one malloc; `--give-back` measures without. `python tools/bench_train.py [--blocks N] [--steps N]`
 
     bare            torch loop: fp32, teacher in eval and no_grad, augmented batches from the same functions
     edgekd fp32     our loop with autocast and channels_last off
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ from edgekd.distill.kd import KD  # noqa: E402
 from edgekd.models.spec import ModelSpec  # noqa: E402
 from edgekd.tasks.classification import Classification  # noqa: E402
 from edgekd.train.config import TrainConfig  # noqa: E402
-from edgekd.train.loop import Job, Speed, Teacher, _Run  # noqa: E402
+from edgekd.train.loop import Job, Speed, Teacher, _reproducible, _Run  # noqa: E402
+from edgekd.train.memory import kept_memory  # noqa: E402
 from edgekd.train.tune import options, tune_student, tune_teacher  # noqa: E402
 from edgekd.train.views import View  # noqa: E402
 
@@ -79,7 +81,8 @@ def ours(dataset: Dataset, speed: Speed, teacher_speed: Speed, work: Path) -> It
     )
     start = time.perf_counter()
     for batch in run.remaining():
-        run.train_step(batch.positions, batch.images)
+        with _reproducible("cpu"):
+            run.train_step(batch.positions, batch.images)
         yield time.perf_counter() - start
         start = time.perf_counter()
 
@@ -104,7 +107,7 @@ def bare(dataset: Dataset) -> Iterator[float]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            float(loss)
+            float(loss.detach())
             yield time.perf_counter() - start
             start = time.perf_counter()
         epoch += 1
@@ -119,8 +122,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--give-back", action="store_true", help="leave malloc as it is: freed memory goes back to the kernel")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext() if args.give_back else kept_memory(), tempfile.TemporaryDirectory() as folder:
         root = images(Path(folder))
         sets = {}
         for cache in ("on", "off"):

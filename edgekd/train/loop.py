@@ -24,6 +24,7 @@ from edgekd.train import checkpoint
 from edgekd.train.config import TrainConfig
 from edgekd.train.distiller import Batch, Outputs
 from edgekd.train.evaluate import logits_of
+from edgekd.train.memory import kept_memory
 from edgekd.train.optim import Average, learning_rate, make_optimizer
 from edgekd.train.views import View
 
@@ -111,7 +112,7 @@ def fit(job: Job, ctx: Context) -> Trained:
         ctx.console.warn(
             f"{job.name} goes on from a checkpoint of another environment ({elsewhere}): close to one uninterrupted run, not byte-identical"
         )
-    with ctx.console.bar(job.name, run.total) as bar, ctx.stop.deferred(), _reproducible(job.device):
+    with ctx.console.bar(job.name, run.total) as bar, ctx.stop.deferred(), _reproducible(job.device), kept_memory():
         started, first, saved = time.monotonic(), run.step, time.monotonic()
         shown, pause = started, _CHECKPOINT_SECONDS
         for batch in run.remaining():
