@@ -1,7 +1,8 @@
 """Steps per second of edgekd's loop against a bare PyTorch loop with the same maths, batches and augmentation.
 
 ResNet-56 teaches ResNet-20 at 32 x 32, batch 128, kd, SGD. Blocks of steps of each variant are interleaved in one process; the figures are ratios of
-medians over the blocks. Memory is kept between steps for all of them, since one process has one malloc; `--give-back` measures without. `python tools/bench_train.py [--blocks N] [--steps N]`
+medians over the blocks. Memory is kept between steps for all of them, since one process has one malloc; `--give-back` measures without.
+`python tools/bench_train.py [--blocks N] [--steps N] [--give-back]`
 
     bare            torch loop: fp32, teacher in eval and no_grad, augmented batches from the same functions
     edgekd fp32     our loop with autocast and channels_last off
