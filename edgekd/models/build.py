@@ -76,7 +76,7 @@ def load_state(model: nn.Module, path: Path, *, other_head: str = "") -> ModelSp
     if other_head:
         for name in [n for n in state if n.startswith(f"{other_head}.") and n in expected and state[n].shape != expected[n].shape]:
             state[name] = expected[name]
-    fit_state_dict(state, {name: tensor.shape for name, tensor in expected.items()}, str(path))
+    state = fit_state_dict(state, {name: tensor.shape for name, tensor in expected.items()}, str(path))
     model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in state.items()}, strict=True)
     try:
         return ModelSpec.model_validate_json(metadata[_SPEC_METADATA]) if _SPEC_METADATA in metadata else None

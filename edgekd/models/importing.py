@@ -37,7 +37,7 @@ def import_weights(
     size = image_size or int(args.get("img_size") or (defaults.get("input_size") or (3, 224, 224))[-1])
     spec = make_spec(config, num_classes=num_classes or _classes(state, path), image_size=size)
     model = build(spec)
-    fit_state_dict(state, {n: t.shape for n, t in model.state_dict().items()}, str(path))
+    state = fit_state_dict(state, {n: t.shape for n, t in model.state_dict().items()}, str(path))
     _write(state, spec.model_dump_json(), target)
     return {
         "out": str(target),

@@ -58,8 +58,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         return _read(path, path)
 
 
-def fit_state_dict(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], where: str) -> None:
-    """Raises CheckpointRefused with the first missing, extra and wrong-shape names unless `state` has exactly the expected ones."""
+def fit_state_dict(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], where: str) -> dict[str, torch.Tensor]:
+    """`state`, if it has exactly the expected names and shapes; else CheckpointRefused with the first missing, extra and wrong ones.
+
+    Files of before PyTorch 0.4.1 have no BatchNorm counters at all (`num_batches_tracked`, used by no default BatchNorm): they get zeros.
+    """
+    state = {**_old_counters(state, expected), **state}
     missing = [f"{k} {list(expected[k])}" for k in expected if k not in state]
     extra = [f"{k} {list(state[k].shape)}" for k in state if k not in expected]
     wrong = [f"{k} {list(state[k].shape)} instead of {list(expected[k])}" for k in expected if k in state and state[k].shape != expected[k]]
@@ -71,6 +75,14 @@ def fit_state_dict(state: Mapping[str, torch.Tensor], expected: Mapping[str, tor
     if parts:
         hint = "name the architecture (and its args, such as num_classes) that these weights were trained with"
         raise CheckpointRefused("the weights do not fit: " + "; ".join(parts), where=where, expected=f"{len(expected)} tensors", hint=hint)
+    return state
+
+
+def _old_counters(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    import torch
+
+    names = [name for name in expected if name.endswith(".num_batches_tracked")]
+    return {} if any(name in state for name in names) else {name: torch.zeros(expected[name], dtype=torch.int64) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------- in the confined process

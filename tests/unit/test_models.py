@@ -34,6 +34,9 @@ from edgekd.store import Store
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
+PUBLISHED = Path(__file__).parents[3] / "shared" / "weights"
+
+
 def spec_of(arch: str = "vit_tiny_patch16_224", args: dict[str, Any] | None = None, classes: int = 7) -> ModelSpec:
     return models.make_spec(ModelConfig(arch=arch, args=VIT if args is None else args), num_classes=classes, image_size=16)
 
@@ -225,6 +228,24 @@ def test_a_published_checkpoint_becomes_safetensors_that_fit(checkpoint: Path, t
     assert found["parameters"] == sum(t.numel() for t in model.state_dict().values())
     spec = ModelSpec.model_validate_json(load_weights(out)[1]["edgekd.spec"])
     assert (spec.arch, spec.num_classes, spec.mean) == ("resnet20_cifar", 6, (0.4, 0.5, 0.6))
+
+
+def test_a_checkpoint_of_before_batch_norms_counted_fits(checkpoint: Path, tmp_path: Path) -> None:
+    old = {n: t for n, t in torch.load(checkpoint)["state_dict"].items() if not n.endswith("num_batches_tracked")}
+    torch.save({"state_dict": old}, tmp_path / "old.th")
+    imported(tmp_path / "old.th", out=tmp_path / "w.safetensors")
+    model = models.build(spec_of("resnet20_cifar", {}, classes=6), seed=9)
+    models.load_state(model, tmp_path / "w.safetensors")
+    torch.manual_seed(1)
+    assert weights(model) == weights(timm.create_model("resnet20_cifar", num_classes=6))
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="../shared is not here")
+@pytest.mark.parametrize("name", ["resnet20", "resnet56"])
+def test_the_published_cifar_weights_are_imported(tmp_path: Path, name: str) -> None:
+    [path] = PUBLISHED.glob(f"{name}-*.th")
+    found = imported(path, f"{name}_cifar", out=tmp_path / "w.safetensors")
+    assert found["num_classes"] == 10
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
