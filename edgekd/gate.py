@@ -51,10 +51,10 @@ def judge(e: Evidence) -> Verdict:
     said = f"{_latency_words(e)}, {_size_words(e)}, {_accuracy_words(e)}"
     if e.drop_ci[1] > e.allowed:
         certain = e.drop_ci[0] > e.allowed
-        left = f"the {e.allowed * 100:.2f} points that are left"
         if e.allowed < 0:
-            left = f"what may be lost (it starts {-e.allowed * 100:.2f} points below the limit already)"
-        why = f"it loses more than {left}" if certain else f"its loss may exceed {left}"
+            why = f"accuracy is {-e.allowed * 100:.2f} points beyond the limit already where it starts"
+        else:
+            why = f"{'it loses more than' if certain else 'its loss may exceed'} the {e.allowed * 100:.2f} points that are left"
         return Verdict("rolled back" if certain or e.drop > e.allowed else "neutral", f"{why}: {said}")
     faster, slower = _change(e.ratio_ci)
     size = e.after_bytes / e.before_bytes

@@ -43,7 +43,7 @@ def evidence(**changes: object) -> Evidence:
         ({"drop": 0.035, "drop_ci": (0.00, 0.07)}, "rolled back", "may exceed"),
         ({"ratio": None, "ratio_ci": None, "untimed": "no device"}, "kept", "latency not judged (no device)"),
         ({"ratio": None, "ratio_ci": None, "after_bytes": 1000}, "neutral", "no certain gain"),
-        ({"allowed": -0.02}, "rolled back", "it starts 2.00 points below the limit already"),
+        ({"allowed": -0.02}, "rolled back", "accuracy is 2.00 points beyond the limit already where it starts"),
         ({"same": True}, "neutral", "changed nothing"),
     ],
 )
