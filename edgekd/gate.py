@@ -126,4 +126,4 @@ def _size_words(e: Evidence) -> str:
 
 def _accuracy_words(e: Evidence) -> str:
     low, high = (v * 100 for v in e.drop_ci)
-    return f"accuracy {-e.drop * 100:+.2f} points on val (95 % {-high:+.2f} to {-low:+.2f})"
+    return f"accuracy {0.0 - e.drop * 100:+.2f} points on val (95 % {0.0 - high:+.2f} to {0.0 - low:+.2f})"  # 0 minus: no negative zero
