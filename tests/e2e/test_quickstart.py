@@ -179,7 +179,7 @@ def test_a_later_change_runs_only_what_depends_on_it_and_a_baseline_is_added_bes
 def test_what_was_distilled_with_branches_holds_the_students_tensors_only(quickstart: Finished) -> None:
     from safetensors.torch import load_file
 
-    first, distilled = (load_file(quickstart.artifacts[n].path / "model.safetensors") for n in ("student", "distill"))
+    first, distilled = (load_file(quickstart.steps[n].path / "model.safetensors") for n in ("student", "distill"))
     assert distilled.keys() == first.keys()
     assert {n: t.shape for n, t in distilled.items()} == {n: t.shape for n, t in first.items()}
 
