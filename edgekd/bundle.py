@@ -50,6 +50,16 @@ def verify_files(folder: Path) -> dict[str, Any]:
     return body
 
 
+def read_facts(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """bundle.json, whose model file is one of the bundle's own: a bundle can come from anyone. Raises BundleRefused."""
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if facts.get("model_file") not in manifest["files"]:
+        raise BundleRefused(
+            f"its model file '{facts.get('model_file')}' is not in the manifest", where=str(folder), expected="a file of the bundle"
+        )
+    return facts
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json, whole and in its own exact bytes; raises FileMissing or BundleRefused."""
     path = folder / MANIFEST

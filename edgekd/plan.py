@@ -338,9 +338,7 @@ class _Planner:
         return table[owner]
 
     def _compile(self, name: str, graph: Ref, target: Target, unless: tuple[str, Ref] | None = None) -> str:
-        config = self._config(
-            "compile", device=target.name, backend=target.backend, threads=target.config.threads, batch=target.config.batch
-        )
+        config = self._config("compile", **_place(target))
         runtime = {"runtime": _backend(target.backend).version(), "source": _sha(registry.source_of("backend", target.backend))}
         return self._add(name, "compile", config, {"graph": graph}, facts=runtime, unless=unless)
 
@@ -371,13 +369,9 @@ class _Planner:
 
     def _segment(self, stages: list[tuple[str, Settings]], model: Ref, graph: Ref) -> tuple[Ref, Ref]:
         (_, settings), name = stages[0], stages[0][1].name
-        judge = self.judge
         widths_config = self._config(
             "widths",
-            device=judge.name,
-            backend=judge.backend,
-            threads=judge.config.threads,
-            batch=judge.config.batch,
+            **_place(self.judge),
             gate=self.gate,
             quantum=self._quantum(),
         )
@@ -422,14 +416,11 @@ class _Planner:
         return first.device.channel_multiple("int8" if int8 else "fp32")
 
     def _gate(self, name: str, before: Ref, after: Ref, *, note: str | None = None, target: Target | None = None) -> str:
-        judge, budget = self.judge, (target or self.plan.targets[0]).config.budget
+        budget = (target or self.plan.targets[0]).config.budget
         timed = self.plan.targets[0].runs_here and (target is None or target.runs_here)
         config = self._config(
             "gate",
-            device=judge.name,
-            backend=judge.backend,
-            threads=judge.config.threads,
-            batch=judge.config.batch,
+            **_place(self.judge),
             enabled=self.gate,
             timed=timed,
             accuracy_drop_max=self.recipe.accept.accuracy_drop_max,
@@ -511,9 +502,7 @@ class _Planner:
             profile_inputs: dict[str, Ref] = {"shipped": run_engine}
             if target is self.plan.targets[0]:
                 profile_inputs |= {f"*{name}": engine_ for name, engine_ in self.plan.engines.items()}
-            config = self._config(
-                "profile", device=runner.name, backend=runner.backend, threads=runner.config.threads, batch=runner.config.batch
-            )
+            config = self._config("profile", **_place(runner))
             self._add(f"{target.name}.profile", "profile", config, profile_inputs, facts=_here(), user=True)
             parity = self._parity(target, graph)
             bundle_config = self._config(
@@ -566,6 +555,11 @@ class _Planner:
             inputs: dict[str, Ref] = {"engine": self.plan.engines[name], "data": "data"}
             self._add(step, "evaluate", self._config("evaluate", split="test"), inputs, facts=self._task() | _here())
         return step
+
+
+def _place(target: Target) -> dict[str, Any]:
+    """Where and how something is built or measured: the fields of RunConfig."""
+    return {"device": target.name, "backend": target.backend, "threads": target.config.threads, "batch": target.config.batch}
 
 
 def _probe(kind: str, settings: Settings) -> dict[str, Any]:

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from edgekd.bundle import FACTS, SAMPLES, verify_files
-from edgekd.errors import BundleRefused, ParityBroken
+from edgekd.bundle import SAMPLES, read_facts, verify_files
+from edgekd.errors import ParityBroken
 
 
 def verify_bundle(folder: Path) -> dict[str, Any]:
     """What was checked; raises BundleRefused for changed bytes and ParityBroken where this machine's answers differ."""
+    from edgekd.safeio.onnxfile import check_onnx  # onnx
+
     manifest = verify_files(folder)
-    model = _model_of(folder, manifest)
+    facts = read_facts(folder, manifest)
+    check_onnx(folder / facts["model_file"])
     return {
         "bundle": str(folder),
         "files": len(manifest["files"]),
         "recipe": manifest["recipe"],
         "target": manifest["target"],
-        "samples": _check_samples(folder, model),
+        "samples": _check_samples(folder, facts),
     }
 
 
-def _model_of(folder: Path, manifest: dict[str, Any]) -> Path:
-    """The model, which is one of the bundle's own files and an ONNX file that may be opened: a bundle can come from anyone."""
-    from edgekd.safeio.onnxfile import check_onnx
-
-    name = str(json.loads((folder / FACTS).read_text(encoding="utf-8")).get("model_file"))
-    if name not in manifest["files"]:
-        raise BundleRefused(f"its model file '{name}' is not in the manifest", where=str(folder), expected="a file of the bundle")
-    check_onnx(folder / name)
-    return folder / name
-
-
-def _check_samples(folder: Path, model: Path) -> str:
+def _check_samples(folder: Path, facts: dict[str, Any]) -> str:
     """Runs the sample images; raises ParityBroken where outputs lie beyond the bundle's tolerance, and says how many labels agree."""
     import importlib.util
 
@@ -44,10 +35,9 @@ def _check_samples(folder: Path, model: Path) -> str:
 
     from edgekd.data.normalise import normalised
 
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     with np.load(folder / SAMPLES) as stored:
         pixels, wanted = stored["pixels"], stored["outputs"]
-    found = _run(model, facts, normalised(pixels, facts["preprocess"]))
+    found = _run(folder / facts["model_file"], facts, normalised(pixels, facts["preprocess"]))
     alike, gap = float((found.argmax(1) == wanted.argmax(1)).mean()), float(np.abs(found - wanted).max())
     if gap > facts["tolerance"]:
         raise ParityBroken(

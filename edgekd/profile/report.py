@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +57,10 @@ def profile_model(
 
 def model_file_of(model: Path) -> Path:
     """The ONNX file of a path: itself, or the model of a bundle whose every byte was verified."""
-    from edgekd.bundle import FACTS, verify_files
+    from edgekd.bundle import read_facts, verify_files
 
     if model.is_dir():
-        verify_files(model)
-        return model / str(json.loads((model / FACTS).read_text(encoding="utf-8"))["model_file"])
+        return model / str(read_facts(model, verify_files(model))["model_file"])
     if not model.is_file():
         raise FileMissing("there is no such model", where=str(model), expected="an ONNX file or a bundle")
     return model
@@ -72,11 +70,10 @@ def inputs_of(proto: Any, batch: int, file: Path) -> Feeds:
     """Random inputs of the declared shapes; dynamic first axes become `batch`, dynamic sides 224."""
     import numpy as np
 
+    from edgekd.safeio.onnxfile import fed_inputs
+
     rng, feeds = np.random.default_rng(0), {}
-    held = {t.name for t in proto.graph.initializer}
-    for value in proto.graph.input:
-        if value.name in held:
-            continue
+    for value in fed_inputs(proto):
         kind = _TYPES.get(value.type.tensor_type.elem_type)
         if kind is None:
             raise OnnxRefused(f"input '{value.name}' has a type that is not measured", where=file.name, expected=", ".join(_TYPES.values()))

@@ -129,9 +129,9 @@ class _Reader:
 def _input_name(graph: Path) -> str:
     import onnx
 
-    proto = onnx.load_model_from_string(graph.read_bytes())
-    held = {i.name for i in proto.graph.initializer}  # which some files list as inputs too
-    return next(str(i.name) for i in proto.graph.input if i.name not in held)
+    from edgekd.safeio.onnxfile import fed_inputs
+
+    return str(fed_inputs(onnx.load_model_from_string(graph.read_bytes()))[0].name)
 
 
 @contextlib.contextmanager

@@ -211,3 +211,9 @@ def _nodes(root: Any) -> Iterator[Any]:
 
 def _one_line(e: Exception) -> str:
     return ascii(" ".join(str(e).split()))[1:-1][:300]
+
+
+def fed_inputs(proto: Any) -> list[Any]:
+    """The inputs that a caller feeds: some files list their weights among the inputs too."""
+    held = {t.name for t in proto.graph.initializer}
+    return [value for value in proto.graph.input if value.name not in held]

@@ -60,8 +60,9 @@ class ReadGraph:
 
 def image_input(proto: Any, path: Path) -> tuple[Any, int | None]:
     """The (n, 3, h, w) input and its side in pixels, None where it is dynamic; raises OnnxRefused for another layout or type."""
-    held = {i.name for i in proto.graph.initializer}
-    inputs = [i for i in proto.graph.input if i.name not in held]
+    from edgekd.safeio.onnxfile import fed_inputs
+
+    inputs = fed_inputs(proto)
     dims = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
     if len(inputs) != 1 or len(dims) != 4 or dims[1] not in (0, 3) or dims[2] != dims[3] or inputs[0].type.tensor_type.elem_type != _FLOAT:
         shown = ", ".join(f"{i.name} {[d.dim_value or d.dim_param for d in i.type.tensor_type.shape.dim]}" for i in inputs) or "no input"
