@@ -130,7 +130,8 @@ def run_single(
 
 
 def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:
-    """Rows of step, stage, gives, state (cached, run, depends on gate, skipped)."""
+    """Rows of step, stage, gives, state (cached, run, depends on gate, skipped), why, and seconds and bytes of the last similar run."""
+    from edgekd.forecast import forecast
     from edgekd.plan import build_plan, state_of
     from edgekd.recipe import load
     from edgekd.store import Store
@@ -139,10 +140,13 @@ def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:
     run_code(options.code)
     loaded, store = load(recipe, options.overrides, devices=options.devices), Store()
     built = build_plan(loaded, gate=options.gate, cache_dir=store.root)
-    rows = state_of(built, store.peek, read_decisions(options.replay), store.get)
+    outlooks = list(state_of(built, store.peek, read_decisions(options.replay), store.get))
+    past = [(manifest, size) for manifest, _, size, _ in store.entries()] if any(o.state != "cached" for o in outlooks) else []
     return [
-        {"step": s.name, "stage": s.stage, "method": s.settings.method, "gives": str(s.gives), "state": state, "listed": s.user}
-        for s, state in rows
+        {"step": o.step.name, "stage": o.step.stage, "method": o.step.settings.method, "gives": str(o.step.gives), "state": o.state}
+        | told
+        | {"listed": o.step.user}
+        for o, told in zip(outlooks, forecast(outlooks, past), strict=True)
     ]
 
 

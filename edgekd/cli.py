@@ -1,5 +1,6 @@
 """The command line: parse, one call, render. Loads neither torch nor timm until a command needs them."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -39,12 +40,39 @@ Threads = Annotated[int, typer.Option(min=1, max=256, help="Threads of the runti
 Batch = Annotated[int, typer.Option(min=1, max=1024, help="Images per inference.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from edgekd import __version__
+
+        Console().data(f"edgekd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")] = False,
+) -> None:
+    """Takes nothing itself: `main` reads --debug before the parser does."""
+
+
 def main() -> None:
     """Entry point: turns every outcome into the documented exit code."""
     arguments, debug = [a for a in sys.argv[1:] if a != "--debug"], "--debug" in sys.argv
+    gc.set_threshold(200_000, 30, 30)  # start-up makes objects that stay: collecting among them takes a tenth of the time and finds nothing
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing looks for a hub on its own
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # or the first model looks through every installed package for plug-ins
-    sys.exit(_guarded(lambda: app(arguments, prog_name="edgekd", standalone_mode=False), Console(json_mode="--json" in arguments), debug))
+    sys.exit(_guarded(lambda: _run(arguments), Console(json_mode="--json" in arguments), debug))
+
+
+def _run(arguments: list[str]) -> Any:
+    """Parse and call. Typer builds the parameters of all commands before it looks for one, so a named one is run alone."""
+    named = [c for c in app.registered_commands if c.callback and arguments[:1] == [c.name or c.callback.__name__]]
+    if not named:
+        return app(arguments, prog_name="edgekd", standalone_mode=False)
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    alone.registered_commands = named
+    return alone(arguments[1:], prog_name=f"edgekd {arguments[0]}", standalone_mode=False)
 
 
 def _guarded(call: Callable[[], Any], console: Console, debug: bool) -> int:
@@ -136,12 +164,37 @@ def plan(
     no_gate: Annotated[bool, typer.Option("--no-gate")] = False,
     json: Json = False,
 ) -> None:
-    """Show the steps of a recipe and which of them are cached."""
+    """Show the steps of a recipe: which are cached, why the others run, and how long they took last time."""
     from edgekd.api import Options
     from edgekd.api import plan as steps
 
     rows = steps(recipe, Options(o or (), device or (), code=code, gate=not no_gate))
-    _table(rows, ("step", "stage", "method", "gives", "state"), json)
+    if json:
+        Console(json_mode=True).json(rows)
+        return
+    console = Console()
+    console.table([row | _last_time(row) for row in rows], ("step", "stage", "method", "state", "why", "last took", "last wrote"))
+    console.say(_estimate(rows))
+
+
+def _last_time(row: dict[str, Any]) -> dict[str, str]:
+    from edgekd.report.text import seconds, size
+
+    known = row["seconds"] is not None
+    return {"last took": seconds(row["seconds"]) if known else "", "last wrote": size(row["bytes"]) if known else ""}
+
+
+def _estimate(rows: list[dict[str, Any]]) -> str:
+    """One line: how many steps would run, and what they cost when they last did."""
+    from edgekd.report.text import seconds, size
+
+    to_run = [r for r in rows if r["state"] in ("run", "depends on gate")]
+    known = [r for r in to_run if r["seconds"] is not None]
+    if not to_run:
+        return "nothing to run: every step is cached"
+    new = f"; {len(to_run) - len(known)} never ran here, so how long is not known" if len(known) < len(to_run) else ""
+    took = f", {seconds(sum(r['seconds'] for r in known))} and {size(sum(r['bytes'] for r in known))} as they last were" if known else ""
+    return f"{len(to_run)} steps to run{took}{new}"
 
 
 @app.command()
@@ -420,11 +473,12 @@ def recipes_list(json: Json = False) -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: str) -> None:
+def recipes_show(name: str, json: Json = False) -> None:
     """Print a shipped recipe's file."""
     from edgekd.recipe import find
 
-    Console().data(find(name).read_text(encoding="utf-8").rstrip())
+    text = find(name).read_text(encoding="utf-8").rstrip()
+    Console().json({"name": name, "text": text}) if json else Console().data(text)
 
 
 @devices_app.command("list")
@@ -479,13 +533,13 @@ def doctor(json: Json = False) -> int:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+def report(run: Annotated[Path, typer.Argument(metavar="RUN")], json: Json = False) -> None:
     """Write report.html of a run folder again, and print its summary."""
     from edgekd.api import render_again
     from edgekd.report.summary import summary
 
-    console = Console()
-    console.show(summary(render_again(run)))
+    result, console = render_again(run), Console(json_mode=json)
+    console.json(result) if json else console.show(summary(result))
 
 
 @app.command()
@@ -550,26 +604,7 @@ def store_gc(
 
 # ------------------------------------------------------------------------------------------------------------ rendering
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...], json: bool) -> None:
-    """Rows as JSON or as a table whose cells are text, never markup."""
-    console = Console(json_mode=json)
-    if json:
-        console.json(rows)
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    from edgekd.report.text import clean
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(clean(_cell(row.get(c)))) for c in columns))
-    console.show(table)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    Console(json_mode=json).table(rows, columns)
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:

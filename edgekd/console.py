@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,6 +83,30 @@ class Console:
 
         RichConsole(highlight=False, soft_wrap=False).print(renderable)
 
+    def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+        """Rows as JSON, as a table that fits the terminal, or, in a pipe, as aligned text with one line a row for grep and awk."""
+        if self.json_mode:
+            self.json(rows)
+            return
+        cells = [[clean(_cell(row.get(c))) for c in columns] for row in rows]
+        if sys.stdout.isatty():
+            self._fitted(cells, columns)
+            return
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        for line in (columns, *cells):
+            self.data("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+    def _fitted(self, cells: list[list[str]], columns: Sequence[str]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        self.show(table)
+
     # ------------------------------------------------------------------------------------------------ progress
     @contextmanager
     def bar(self, name: str, total: float) -> Iterator[Bar]:
@@ -94,6 +118,10 @@ class Console:
                 yield bar
         else:
             yield _LineBar(self, name, total)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class _LineBar:

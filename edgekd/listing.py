@@ -98,10 +98,12 @@ def store_rows() -> list[dict[str, Any]]:
 
 def store_why(key: str, other: str | None = None) -> list[dict[str, Any]]:
     """The ingredients of a key, or those in which two keys differ; keys may be shortened."""
-    first = _flat(_manifest(key).recipe)
+    from edgekd.forecast import flat
+
+    first = flat(_manifest(key).recipe)
     if other is None:
         return [{"ingredient": k, "value": v} for k, v in first.items()]
-    second = _flat(_manifest(other).recipe)
+    second = flat(_manifest(other).recipe)
     names = sorted({*first, *second})
     return [{"ingredient": n, "first": first.get(n), "second": second.get(n)} for n in names if first.get(n) != second.get(n)]
 
@@ -131,12 +133,6 @@ def _manifest(key: str) -> Any:
     if len(found) != 1:
         raise UsageError(f"{len(found)} artifacts have a key that starts with '{key}'", expected="exactly one", hint="edgekd store list")
     return found[0]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}.{name}" if prefix else str(name)).items()}
-    return {prefix: value}
 
 
 def _doc(kind: str, name: str) -> str:

@@ -149,29 +149,42 @@ def build_plan(loaded: Loaded, *, gate: bool = True, cache_dir: Path | None = No
     return _Planner(loaded, gate, cache_dir).build()
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """A step as `plan` shows it: cached, run, skipped or depends on gate; `after` is the first step that it waits for."""
+
+    step: Step
+    state: str
+    ingredients: dict[str, Any] = field(default_factory=dict)  # of its key, as far as its inputs are known
+    after: str | None = None
+
+
 def state_of(
     plan: Plan, peek: Callable[[str], Manifest | None], replay: Mapping[str, Any], read: Callable[[str], Artifact | None]
-) -> Iterator[tuple[Step, str]]:
-    """(step, cached | run | depends on gate | skipped): `read` is asked for decisions only."""
+) -> Iterator[Outlook]:
+    """What each step would do now: `read` is asked for decisions only."""
     digests: dict[str, str | None] = {}
     decisions: dict[str, Any] = {}
     for step in plan.steps:
         if step.unless and decisions.get(step.unless[0], {}).get("chosen") == "before":
             digests[step.name] = _digest(step.unless[1], digests, decisions)
-            yield step, "skipped"
+            yield Outlook(step, "skipped")
             continue
         found = {name: _digest(ref, digests, decisions) for name, ref in step.inputs.items()}
-        if any(d is None for d in found.values()):
+        known = {name: digest for name, digest in found.items() if digest}
+        ingredients = step.ingredients(known, plan.loaded.recipe.seed, replay.get(step.name))
+        if len(known) < len(found):
             digests[step.name] = None
-            waiting = any(isinstance(ref, Choice) and ref.decision not in decisions for ref in step.inputs.values())
-            yield step, "depends on gate" if waiting else "run"
+            missing = [ref for name, ref in step.inputs.items() if name not in known]
+            gates = [ref.decision for ref in missing if isinstance(ref, Choice) and ref.decision not in decisions]
+            after = next((ref for ref in missing if isinstance(ref, str)), None)
+            yield Outlook(step, "depends on gate" if gates else "run", ingredients, gates[0] if gates else after)
             continue
-        key = step.key({n: d for n, d in found.items() if d}, plan.loaded.recipe.seed, replay.get(step.name))
-        manifest = peek(key)
+        manifest = peek(digest_of(ingredients))
         digests[step.name] = manifest.digest if manifest else None
-        if manifest and step.gives is Kind.DECISION and (artifact := read(key)):
+        if manifest and step.gives is Kind.DECISION and (artifact := read(manifest.key)):
             decisions[step.name] = artifact.json("decision.json")
-        yield step, "cached" if manifest else "run"
+        yield Outlook(step, "cached" if manifest else "run", ingredients)
 
 
 def _digest(ref: Ref, digests: Mapping[str, str | None], decisions: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,6 +136,8 @@ def _input_name(graph: Path) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """onnxruntime's quantizer warns on the root logger about its own defaults, and its calibrators print to stdout, which is for data."""
+    import logging
+
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

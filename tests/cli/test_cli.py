@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import edgekd
 from tests.support import QUICKSTART, Finished, environment, run_apart, run_here
 
 HEAVY = ("torch", "timm", "onnxruntime", "torch_pruning", "sklearn")
@@ -57,7 +58,7 @@ def test_python_m_edgekd_is_the_same_program() -> None:
         (("devices", "list"), {"id", "name", "kind", "runtimes", "confidence"}),
         (("recipes", "list"), {"name", "about"}),
         (("methods", "list"), {"kind", "name", "about"}),
-        (("plan", QUICKSTART), {"step", "stage", "method", "gives", "state"}),
+        (("plan", QUICKSTART), {"step", "stage", "method", "gives", "state", "why", "seconds", "bytes"}),
         (("show", QUICKSTART), {"path", "value", "source"}),
         (("doctor",), {"status", "name", "seen", "wanted", "hint"}),
     ],
@@ -68,6 +69,19 @@ def test_lists_are_json_arrays_of_objects(args: tuple[str, ...], fields: set[str
     assert result.code == 0 or args == ("doctor",)  # doctor: 5 where this machine lacks something
     assert rows
     assert all(set(row) >= fields for row in rows)
+
+
+def test_in_a_pipe_a_table_has_one_line_a_row() -> None:
+    rows, listed = run_here("devices", "list", "--json").json(), run_here("devices", "list").out.splitlines()
+    assert [line.split()[0] for line in listed] == ["id", *(row["id"] for row in rows)]
+
+
+def test_the_version_is_one_line() -> None:
+    assert run_here("--version").out == f"edgekd {edgekd.__version__}\n"
+
+
+def test_a_shipped_recipe_as_json_holds_its_text() -> None:
+    assert run_here("recipes", "show", "quickstart", "--json").json()["text"] == run_here("recipes", "show", "quickstart").out.rstrip()
 
 
 def test_check_as_json_names_stages_and_targets() -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from edgekd import registry
-from edgekd.artifact import Kind, digest_of
+from edgekd.artifact import Kind, Manifest, digest_of
 from edgekd.config import Config
 from edgekd.errors import BackendError, CheckpointRefused, FileMissing
-from edgekd.plan import Choice, Plan, Ref, Step, build_plan, state_of
+from edgekd.forecast import forecast
+from edgekd.plan import Choice, Outlook, Plan, Ref, Step, build_plan, state_of
 from edgekd.recipe import load
 from edgekd.stages._stage import Settings
 
@@ -530,9 +531,53 @@ def test_weights_of_another_hash_than_the_recipe_names_are_refused_while_plannin
 
 # ------------------------------------------------------------------------------------------------------------ states
 def test_the_state_of_a_fresh_plan_is_to_run_and_what_follows_a_gate_waits_for_it() -> None:
-    states = {s.name: state for s, state in state_of(planned("quickstart"), lambda _: None, {}, lambda _: None)}
+    states = {o.step.name: o.state for o in state_of(planned("quickstart"), lambda _: None, {}, lambda _: None)}
     assert states["data"] == states["distill"] == states["prune.gate"] == "run"
     assert states["quantize"] == states["host.bundle"] == "depends on gate"
+
+
+def outlook(*overrides: str, recipe: str = "no stages, no teacher", held: tuple[Manifest, ...] = ()) -> list[Outlook]:
+    at = {m.key: m for m in held}
+    return list(state_of(planned(recipe, *overrides), at.get, {}, lambda _: None))
+
+
+def ran(seen: list[Outlook], seconds: float = 3.0) -> list[tuple[Manifest, int]]:
+    """What a store would hold had every step of `seen` run."""
+    return [
+        (Manifest(digest_of(o.ingredients), o.step.gives, {}, {"seconds": seconds}, o.ingredients | {"step": o.step.name}), 1000)
+        for o in seen
+    ]
+
+
+def test_a_step_that_never_ran_says_so_and_has_no_estimate() -> None:
+    rows = list(forecast(outlook(), []))
+    assert {r["why"] for r in rows} == {"has not run yet"}
+    assert {(r["seconds"], r["bytes"]) for r in rows} == {(None, None)}
+
+
+def test_a_step_that_ran_otherwise_says_what_changed_and_what_it_took() -> None:
+    before, now = outlook(recipe="trained, no teacher"), outlook("train.epochs=7", "train.lr=0.5", recipe="trained, no teacher")
+    told = {o.step.name: row for o, row in zip(now, forecast(now, ran(before)), strict=True)}
+    assert told["train"]["why"] == "epochs 2 -> 7, lr 0.001 -> 0.5 and 1 more"
+    assert (told["train"]["seconds"], told["train"]["bytes"]) == (3.0, 1000)
+    assert told["train.export"]["why"] == "follows train"
+
+
+def test_of_several_earlier_runs_the_most_similar_is_compared() -> None:
+    far = outlook("train.epochs=9", "seed=5", recipe="trained, no teacher")
+    near = outlook("train.epochs=8", recipe="trained, no teacher")
+    now = outlook(recipe="trained, no teacher")
+    told = {o.step.name: row for o, row in zip(now, forecast(now, [*ran(far, 1.0), *ran(near, 2.0)]), strict=True)}
+    assert told["train"]["seconds"] == 2.0
+    assert told["train"]["why"].startswith("epochs 8 -> 2")
+
+
+def test_cached_steps_have_nothing_to_tell_and_a_vanished_artifact_is_named() -> None:
+    first = outlook()
+    held = ran(first[:1])
+    cached, gone = outlook(held=tuple(m for m, _ in held)), outlook()
+    assert (cached[0].state, next(forecast(cached, held))["why"]) == ("cached", "")
+    assert (gone[0].state, next(forecast(gone, held))["why"]) == ("run", "its artifact is gone")
 
 
 # ------------------------------------------------------------------------------------------------------------ imports
