@@ -210,11 +210,14 @@ def predict(model: Path, device: str, *, threads: int = 1, batch: int = 1) -> di
     return predict_graph(model_file_of(model), load_device(device), threads=threads, batch=batch).as_dict()
 
 
-def verify(bundle: Path) -> dict[str, Any]:
-    """Checks a bundle: every file's hash, and its sample outputs on this machine's onnxruntime where that is installed."""
-    from edgekd.verify import verify_bundle
+def verify(bundle: Path, *, against: Path | None = None) -> dict[str, Any]:
+    """Checks a bundle: every file's hash, and its sample outputs on this machine's onnxruntime where that is installed.
 
-    return verify_bundle(bundle)
+    With `against`, compares two ONNX files or bundles of one model instead; raises ParityBroken that names the first node that breaks.
+    """
+    from edgekd.verify import verify_against, verify_bundle
+
+    return verify_bundle(bundle) if against is None else verify_against(bundle, against)
 
 
 def examine() -> list[dict[str, Any]]:

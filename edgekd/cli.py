@@ -454,13 +454,24 @@ def predict(
 
 
 @app.command()
-def verify(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")], json: Json = False) -> None:
-    """Check a bundle: every byte against its manifest, and its sample outputs on this machine."""
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx")],
+    against: Annotated[Path | None, typer.Option(metavar="BUNDLE|MODEL.onnx", help="Another form of the same model.")] = None,
+    json: Json = False,
+) -> None:
+    """Check a bundle: every byte and its sample outputs; or one form of a model against another, down to the node."""
     from edgekd.api import verify as check_bundle
 
-    found = check_bundle(bundle)
+    found = check_bundle(bundle, against=against)
     console = Console(json_mode=json)
-    console.json(found) if json else console.data(f"{bundle}: {found['files']} files as in the manifest; {found['samples']}")
+    if json:
+        console.json(found)
+    elif against is None:
+        console.data(f"{bundle}: {found['files']} files as in the manifest; {found['samples']}")
+    else:
+        shown = ("rung", "max_abs", "mean_abs", "cosine", "agreement", "threshold")
+        console.table([{n: f"{v:.4g}" if isinstance(v := row[n], float) else v for n in shown} for row in found["rungs"]], shown)
+        console.say(f"{found['samples']} inputs: {found['source']}")
 
 
 # ------------------------------------------------------------------------------------------------------------ lists

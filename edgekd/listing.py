@@ -65,7 +65,8 @@ def show_method(name: str) -> dict[str, Any]:
     if kind is None:
         known = {n for k in _METHOD_KINDS for n in registry.names(k)}
         raise UnknownName(f"unknown method '{name}'{suggest(name, known)}", hint="list them: edgekd methods list")
-    config = getattr(registry.load(kind, name), "Config", None)
+    cls = registry.load(kind, name)
+    config = getattr(cls, "Config", None) or getattr(cls, "Options", None)  # backends call theirs options
     fields = []
     for field, info in (config.model_fields if config else {}).items():
         default = "required" if info.is_required() else info.get_default(call_default_factory=True)

@@ -13,12 +13,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind, Manifest, digest_of
 from edgekd.backends import Backend
 from edgekd.config import Config, key_fields
 from edgekd.data.index import scan
-from edgekd.errors import BackendError, DeviceError
+from edgekd.errors import BackendError, DeviceError, RecipeError
 from edgekd.models.names import user_source
 from edgekd.profile.device import load_device
 from edgekd.profile.host import identity
@@ -94,11 +96,10 @@ class Target:
     backend: str
     runs_here: bool
 
-    @property
-    def takes_int8(self) -> bool:
-        """False where the device's profile lists what the runtime does, and int8 is not in it."""
+    def takes(self, precision: str) -> bool:
+        """False where the device's profile lists what the runtime computes in, and this is not in it."""
         runtime = self.device.runtime(self.backend)
-        return runtime is None or not runtime.precisions or "int8" in runtime.precisions
+        return runtime is None or not runtime.precisions or precision in runtime.precisions
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,9 @@ class _Planner:
                 "backend": t.backend,
                 "threads": t.config.threads,
                 "runs": t.runs_here,
-                "int8": t.takes_int8,
+                "leaves_out": [s.name for k, s in self.loaded.stages if k == "quantize" and not t.takes(_needs(s))],
+                "batch": t.config.batch,
+                "options": t.config.options,
             }
             for t in (*self.plan.targets, self.judge)
             if t.runs_here or _can_compile(t)
@@ -425,8 +428,10 @@ class _Planner:
     def _quantum(self) -> int:
         """The multiple of channels that the first target prefers in the precision that will ship."""
         first = self.plan.targets[0]
-        int8 = any(k == "quantize" for k, _ in self.loaded.stages) and first.config.precision != "fp32" and first.takes_int8
-        return first.device.channel_multiple("int8" if int8 else "fp32")
+        needs = [
+            _needs(s) for k, s in self.loaded.stages if k == "quantize" and first.config.precision != "fp32" and first.takes(_needs(s))
+        ]
+        return first.device.channel_multiple(needs[-1] if needs else "fp32")
 
     def _gate(self, name: str, before: Ref, after: Ref, *, note: str | None = None, target: Target | None = None) -> str:
         budget = (target or self.plan.targets[0]).config.budget
@@ -458,8 +463,9 @@ class _Planner:
         for kind, settings in self.loaded.stages:
             if kind != "quantize" or target.config.precision == "fp32":
                 continue
-            if not target.takes_int8:
-                self.plan.notes.append(f"{target.name}: '{settings.name}' is left out, its {target.backend} does not run int8")
+            if not target.takes(_needs(settings)):
+                said = f"its {target.backend} does not compute in {_needs(settings)}"
+                self.plan.notes.append(f"{target.name}: '{settings.name}' is left out, {said}")
                 continue
             first = target is self.plan.targets[0]
             name = settings.name if first else f"{settings.name}@{target.name}"
@@ -499,6 +505,8 @@ class _Planner:
         for target in self.plan.targets:
             graph = self.plan.shipped[target.name]
             runner = target if target.runs_here else judge
+            if (missing := _backend(target.backend).builds_for(target.device)) is not None:
+                self.plan.notes.append(f"{target.name}: no engine is built here. {missing}")
             engine = self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else judge)
             run_engine = engine if runner is target else self._compile(f"{target.name}.check", graph, judge)
             test_inputs: dict[str, Ref] = {"engine": run_engine, "data": "data"}
@@ -517,7 +525,7 @@ class _Planner:
                 profile_inputs |= {f"*{name}": engine_ for name, engine_ in self.plan.engines.items()}
             config = self._config("profile", **_place(runner))
             self._add(f"{target.name}.profile", "profile", config, profile_inputs, facts=_here(), user=True)
-            parity = self._parity(target, graph)
+            parity = self._parity(target, graph, engine)
             bundle_config = self._config(
                 "bundle",
                 target=target.name,
@@ -525,6 +533,7 @@ class _Planner:
                 recipe=self.loaded.name,
                 threads=target.config.threads,
                 provenance=self._provenance(),
+                build=_build_facts(target),
             )
             inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "test": test, "parity": parity}
             self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts=self._task(), user=True)
@@ -536,12 +545,14 @@ class _Planner:
             found["teacher"] = str(recipe.teacher.arch)
         return found | {name: library_version(name) for name in ("edgekd", "torch", "timm", "onnx")}
 
-    def _parity(self, target: Target, graph: Ref) -> str:
+    def _parity(self, target: Target, graph: Ref, engine: Ref) -> str:
         fp32 = self._fp32_of(graph)
         inputs: dict[str, Ref] = {"graph": graph, "fp32": fp32, "data": "data"}
         model = self._model_of(fp32)
         if model is not None:
             inputs["model?"] = model
+        if target.runs_here and target.backend != "onnxruntime":  # onnxruntime is what the rungs before were run on
+            inputs["engine?"] = engine
         return self._add(f"{target.name}.parity", "parity", None, inputs, facts=self._task() | _here())
 
     def _fp32_of(self, ref: Ref) -> Ref:
@@ -572,7 +583,22 @@ class _Planner:
 
 def _place(target: Target) -> dict[str, Any]:
     """Where and how something is built or measured: the fields of RunConfig."""
-    return {"device": target.name, "backend": target.backend, "threads": target.config.threads, "batch": target.config.batch}
+    config = target.config
+    return {"device": target.name, "backend": target.backend, "threads": config.threads, "batch": config.batch, "options": config.options}
+
+
+def _build_facts(target: Target) -> dict[str, Any]:
+    """What build.py of a bundle needs on the device; nothing for a runtime that takes the graph as it is."""
+    backend = _backend(target.backend)
+    if not backend.builds:
+        return {}
+    options = backend.Options(**target.config.options).model_dump(mode="json")
+    return {
+        "backend": target.backend,
+        "compute_capability": target.device.arch.sm,
+        "batch": target.config.batch,
+        "options": options,
+    }
 
 
 def _probe(kind: str, settings: Settings) -> dict[str, Any]:
@@ -580,6 +606,11 @@ def _probe(kind: str, settings: Settings) -> dict[str, Any]:
     method = settings.method_config.model_dump(mode="json") if settings.method_config else {}
     own = settings.config.model_dump(mode="json", exclude_none=True) if kind == "prune" else {}
     return {"stage": kind, "name": settings.name, "method": settings.method, "config": method, "settings": own}
+
+
+def _needs(settings: Settings) -> str:
+    """What a quantizer's graphs ask of the runtime: fp32, fp16 or int8."""
+    return str(registry.load("quantize", str(settings.method)).needs)
 
 
 def _compresses(kind: str) -> bool:
@@ -634,17 +665,27 @@ def _backend(name: str) -> Backend:
 
 def _target(name: str, config: TargetConfig) -> Target:
     device = load_device(name)
-    backend = config.backend
-    if backend == "auto":
-        offered = [r.name for r in device.runtimes]
-        backend = next((n for n in offered if n in registry.names("backend")), "")
-        if not backend:
-            raise BackendError(
-                f"edgekd has no backend for '{name}': the device runs {', '.join(offered) or 'nothing known'}",
-                where=name,
-                hint=f"predict still works: edgekd predict MODEL.onnx --device {name}",
-            )
+    backend = _auto_backend(device) if config.backend == "auto" else config.backend
+    try:
+        _backend(backend).Options(**config.options)
+    except ValidationError as error:
+        problems = [f"targets.{name}.options.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(problems, hint=f"see them: edgekd methods show {backend}") from error
     return Target(name, config, device, backend, _backend(backend).runs_on(device))
+
+
+def _auto_backend(device: DeviceProfile) -> str:
+    """The first runtime of the profile that edgekd has; where that takes a builder that is not here, the first whose builder is."""
+    offered = [r.name for r in device.runtimes]
+    known = [n for n in offered if n in registry.names("backend")]
+    if not known:
+        raise BackendError(
+            f"edgekd has no backend for '{device.id}': the device runs {', '.join(offered) or 'nothing known'}",
+            where=device.id,
+            hint=f"predict still works: edgekd predict MODEL.onnx --device {device.id}",
+        )
+    builders = [n for n in known if _backend(n).builds]
+    return known[0] if known[0] not in builders else next((n for n in builders if _backend(n).builds_for(device) is None), known[0])
 
 
 def _judge(first: Target) -> Target:
@@ -655,4 +696,4 @@ def _judge(first: Target) -> Target:
 
 
 def _can_compile(target: Target) -> bool:
-    return _backend(target.backend).available() is None
+    return _backend(target.backend).builds_for(target.device) is None

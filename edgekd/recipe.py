@@ -47,6 +47,7 @@ class TargetConfig(Config):
     precision: Literal["auto", "fp32", "int8"] = Field("auto", description="auto: what the chain and the gate give")
     threads: int = Field(1, ge=1, le=256, description="threads of the runtime")
     batch: int = Field(1, ge=1, le=1024, description="images per inference when measuring")
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of the backend's builder: edgekd methods show BACKEND")
     budget: Budget = Field(default_factory=Budget)
 
 

@@ -1,12 +1,17 @@
-"""verify: a bundle's bytes against its manifest, then its sample outputs on this machine."""
+"""verify: a bundle's bytes against its manifest and its sample outputs on this machine; or one form of a model against another."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from edgekd.bundle import SAMPLES, read_facts, verify_files
-from edgekd.errors import ParityBroken
+from edgekd.bundle import FACTS, SAMPLES, read_facts, verify_files
+from edgekd.errors import FileMissing, OnnxRefused, ParityBroken
+
+_RANDOM_SAMPLES = 8
+_KEEP = 5  # nodes that are proposed for a higher precision
+_TENSOR_LIMITS = {"fp32": {"min_cosine": 0.999, "max_relative": 1e-2}, "fp16": {"min_cosine": 0.99, "max_relative": 0.1}}
+_ROUNDED = {"min_cosine": 0.9, "max_relative": float("inf")}  # one value of a rounded tensor may be far off; its direction may not
 
 
 def verify_bundle(folder: Path) -> dict[str, Any]:
@@ -59,3 +64,95 @@ def _run(file: Path, facts: dict[str, Any], images: Any) -> Any:
     parts = [images[i : i + size] for i in range(0, len(images), size)]
     # A graph with a fixed batch has its last part filled up by repetition.
     return np.concatenate([session.run({facts["input"]: np.resize(p, (size, *p.shape[1:]))})[0][: len(p)] for p in parts])
+
+
+# ------------------------------------------------------------------------------------------------------------ one form against another
+def verify_against(model: Path, reference: Path) -> dict[str, Any]:
+    """One rung between two ONNX files (or bundles) of one model: errors, agreement and limits; raises ParityBroken with the first node that breaks.
+
+    Inputs are the sample images of a bundle that one of them lies in, else seeded noise, which the answer says.
+    """
+    from edgekd.export.bisect import compare_tensors, first_break, steepest
+    from edgekd.export.parity import LIMITS, compare
+    from edgekd.safeio.onnxfile import check_onnx, fed_inputs
+    from edgekd.tasks.classification import Classification
+
+    files = [_model_file(reference), _model_file(model)]
+    protos = [check_onnx(f) for f in files]
+    inputs = [fed_inputs(p) for p in protos]
+    if [len(i) for i in inputs] != [1, 1] or _shape(inputs[0][0]) != _shape(inputs[1][0]):
+        told = " and ".join(f"{f.name} takes {[_shape(v) for v in i]}" for f, i in zip(files, inputs, strict=True))
+        raise OnnxRefused(told, where=str(model), expected="two forms of one model: one input of one shape")
+    images, source = _samples(files, _shape(inputs[0][0]))
+    feeds = [{i[0].name: images} for i in inputs]
+    precisions = [_precision(p) for p in protos]
+    twins = [n.op_type for n in protos[0].graph.node] == [n.op_type for n in protos[1].graph.node]
+    coarsest = "fp32" if twins else min(precisions, key=["int8", "fp16", "fp32"].index)  # the same operations round alike
+    outputs = [_run_file(f, feed) for f, feed in zip(files, feeds, strict=True)]
+    if outputs[0].shape != outputs[1].shape:
+        raise OnnxRefused(f"outputs {outputs[1].shape} and {outputs[0].shape}", where=str(model), expected="two forms of one model")
+    answers = outputs[0].reshape(len(outputs[0]), -1)
+    rung = f"{files[0].name} {precisions[0]} -> {files[1].name} {precisions[1]}"
+    row = compare(rung, coarsest, outputs[0], outputs[1], answers.argmax(1), Classification())
+    found: dict[str, Any] = {"rungs": [row], "samples": len(images), "source": source, "first_break": None, "keep": []}
+    if row["ok"]:
+        return found
+    tensors = compare_tensors(protos[0], protos[1], feeds[0], feeds[1])
+    broken = first_break(tensors, **_TENSOR_LIMITS.get(coarsest, _ROUNDED))
+    found["first_break"] = broken.said() if broken else None
+    found["keep"] = [t.node for t in steepest(tensors, _KEEP)]
+    limits = ", ".join(f"{name} {LIMITS[coarsest][name]:g}" for name in row["failed"])
+    where = found["first_break"] or f"the two share {len(tensors)} intermediate tensors and none of them breaks: the last nodes do"
+    raise ParityBroken(
+        f"{rung}: {', '.join(f'{n} {row[n]:.3g}' for n in row['failed'])} (limit {limits}); it breaks first at {where}",
+        where=str(model),
+        expected=f"the outputs of {reference}",
+        hint=f"keep in higher precision: {', '.join(found['keep']) or 'no node found'}",
+    )
+
+
+def _model_file(path: Path) -> Path:
+    if path.is_dir():
+        return path / str(read_facts(path, verify_files(path))["model_file"])
+    if not path.is_file():
+        raise FileMissing("no such file", where=str(path), expected="an ONNX file or a bundle")
+    return path
+
+
+def _shape(value: Any) -> tuple[int | None, ...]:
+    return tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
+
+
+def _samples(files: list[Path], shape: tuple[int | None, ...]) -> tuple[Any, str]:
+    import json
+
+    import numpy as np
+
+    from edgekd.data.normalise import normalised
+
+    for file in files:
+        facts = file.parent / FACTS
+        if facts.is_file() and (file.parent / SAMPLES).is_file():
+            preprocess = json.loads(facts.read_text(encoding="utf-8"))["preprocess"]
+            with np.load(file.parent / SAMPLES) as stored:
+                images = normalised(stored["pixels"], preprocess)
+            if all(want in (None, have) for want, have in zip(shape[1:], images.shape[1:], strict=True)):
+                return (images if shape[0] is None else np.resize(images, (shape[0], *images.shape[1:]))), "sample images of the bundle"
+    if None in shape[1:]:
+        raise OnnxRefused(f"its input is {shape}", where=str(files[0]), expected="fixed sizes but the batch")
+    sizes = (shape[0] or _RANDOM_SAMPLES, *(d or 1 for d in shape[1:]))
+    return np.random.default_rng(0).standard_normal(sizes, dtype=np.float32), "seeded noise: no sample images lie beside the files"
+
+
+def _precision(proto: Any) -> str:
+    if any(n.op_type == "DequantizeLinear" for n in proto.graph.node):
+        return "int8"
+    return "fp16" if any(t.data_type == t.FLOAT16 for t in proto.graph.initializer) else "fp32"
+
+
+def _run_file(file: Path, feeds: dict[str, Any]) -> Any:
+    from edgekd import registry
+    from edgekd.profile.device import load_device
+
+    session = registry.load("backend", "onnxruntime")().open(file, threads=1, device=load_device("host"))
+    return session.run(feeds)[0]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgekd.config import Config
     from edgekd.profile.schema import DeviceProfile
 
     Array = np.ndarray[Any, Any]
@@ -36,9 +37,14 @@ class Backend(Protocol):
 
     name: str
     suffix: str  # of the engine's model file
+    builds: bool  # True: an engine is another thing than its graph, and takes a builder that may be missing here
+    Options: type[Config]  # what a target may set
 
     def available(self) -> str | None:
         """None if usable here, else the reason and what to install."""
+
+    def builds_for(self, device: DeviceProfile) -> str | None:
+        """None if this machine can convert for that device, else why not and what to do."""
 
     def runs_on(self, device: DeviceProfile) -> bool:
         """True if this machine can execute for that device."""
@@ -49,8 +55,8 @@ class Backend(Protocol):
     def prepare(self) -> None:
         """Imports the runtime, so that what follows can be timed without that."""
 
-    def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the engine into the folder `out`; returns meta with at least `{"model_file": name}`."""
+    def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
+        """Writes the engine, best for `batch` images, into the folder `out`; returns meta with at least `{"model_file": name}`."""
 
     def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> Session:
         """An engine file ready to run, on the execution provider that the device asks for and no other."""

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.config import Config
 from edgekd.errors import BackendError
 from edgekd.profile.device import same_machine
 from edgekd.registry import register
@@ -68,11 +69,18 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     suffix = ".onnx"
+    builds = False
+
+    class Options(Config):
+        """None."""
 
     def available(self) -> str | None:
         if importlib.util.find_spec("onnxruntime") is None:
             return "onnxruntime is not installed: pip install onnxruntime (onnxruntime-gpu on Linux x86-64)"
         return None
+
+    def builds_for(self, device: DeviceProfile) -> str | None:
+        return self.available()
 
     def runs_on(self, device: DeviceProfile) -> bool:
         return self.available() is None and same_machine(device)
@@ -88,7 +96,7 @@ class OnnxRuntime:
     def prepare(self) -> None:
         _runtime()
 
-    def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
         """Opens the graph once on this machine's CPU, whatever the device, and copies it. `options` must be empty."""
         if options:
             raise BackendError(f"onnxruntime has no option '{min(options)}'", where=graph.name, expected="no options")

@@ -119,7 +119,10 @@ def raw_profile(m: Machine) -> dict[str, Any]:
         "compute": compute,
         "memory": memory,
         "efficiency": efficiency,
-        "runtimes": [{"name": "onnxruntime", "ep": ["CPUExecutionProvider"], "precisions": ["fp32", "int8"]}],
+        "runtimes": [
+            {"name": "onnxruntime", "ep": ["CPUExecutionProvider"], "precisions": ["fp32", "int8"]},
+            {"name": "openvino", "precisions": ["fp32", "int8"]},
+        ],
         "preferred": {"precision": "int8", "channel_multiple": {"fp32": quantum, "int8": quantum}},
         "access": {"transport": "local"},
         "confidence": "medium",

@@ -238,8 +238,8 @@ class DeviceProfile(Config):
         return self.flavour_for(self.runtimes[0].name)
 
     def flavour_for(self, backend: str) -> Flavour:
-        """What onnxruntime on x86 wants (unsigned activations, 7-bit weights without VNNI); symmetric everywhere else."""
-        if backend != "onnxruntime" or not self.is_cpu or "x86-64" not in self.arch.isa:
+        """What runtimes of x86 CPUs want (unsigned activations, 7-bit weights without VNNI); symmetric everywhere else."""
+        if backend not in ("onnxruntime", "openvino") or not self.is_cpu or "x86-64" not in self.arch.isa:
             return "s8s8"
         return "u8s8" if any("vnni" in flag for flag in self.arch.isa) else "u8s8_reduced"
 

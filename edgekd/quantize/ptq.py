@@ -17,6 +17,7 @@ from pydantic import Field
 
 from edgekd.config import Config as Base
 from edgekd.errors import BackendError
+from edgekd.quantize._quantizer import tidied
 from edgekd.registry import register
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class PTQ:
         per_channel: bool = Field(True, description="one weight scale an output channel")
 
     level = "graph"
+    precision = "int8"
+    needs = "int8"
 
     def __init__(self, config: Config):
         self.config = config
@@ -85,21 +88,10 @@ class PTQ:
             ) from error
         finally:
             prepared.unlink(missing_ok=True)
-        proto = _tidied(onnx.load_model_from_string(out.read_bytes()))
+        proto = tidied(onnx.load_model_from_string(out.read_bytes()))
         out.write_bytes(proto.SerializeToString(deterministic=True))
         counts = {op: sum(n.op_type == op for n in proto.graph.node) for op in ("QuantizeLinear", "DequantizeLinear")}
         return {"flavour": flavour, "calibration": self.config.calibration, "samples": self.config.samples, **counts}
-
-
-def _tidied(proto: Any) -> Any:
-    """Without the opset imports that nothing uses any more, and without names of the tool that made it."""
-    used = {n.domain for n in proto.graph.node} | {"", "ai.onnx"}
-    kept = [o for o in proto.opset_import if o.domain in used]
-    del proto.opset_import[:]
-    proto.opset_import.extend(kept)
-    proto.producer_name, proto.producer_version = "edgekd", ""
-    del proto.metadata_props[:]
-    return proto
 
 
 def _equal(samples: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

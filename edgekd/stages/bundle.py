@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 FOLDER = "bundle"  # inside the artifact, whose own manifest lies beside it
 _SAMPLES = 8
-_TOLERANCE = {"fp32": 1e-3, "int8": 0.1}  # of the largest output; int8 kernels round differently between runtimes and machines
+_TOLERANCE = {
+    "fp32": 1e-3,
+    "int8_weights": 1e-3,
+    "fp16": 2e-2,
+    "int8": 0.1,
+}  # of the largest output; int8 kernels round differently between runtimes and machines
 
 
 @register("stage")
@@ -35,6 +40,7 @@ class Bundle:
         recipe: str = Field(description="name of the recipe")
         threads: int = Field(1, ge=1, description="threads of the runtime")
         provenance: dict[str, Any] = Field(default_factory=dict, description="architectures and library versions")
+        build: dict[str, Any] = Field(default_factory=dict, description="how the device builds its engine; empty where it needs none")
 
     takes: Mapping[str, Kind] = {
         "graph": Kind.GRAPH,
@@ -73,11 +79,13 @@ class Bundle:
             "preprocess": settings_,
             "postprocess": task_of(settings).postprocess(),
             "labels": list(dataset.classes),
+            "build": config.build,
             "tolerance": _TOLERANCE[facts["precision"]] * _write_samples(folder / "samples.npz", graph, dataset, ctx),
         }
         (folder / "bundle.json").write_text(json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
-        (folder / "predict.py").write_bytes(resources.files("edgekd.templates").joinpath("predict.py").read_bytes())
+        for script in ("predict.py", *(["build.py"] if config.build else [])):
+            (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(script).read_bytes())
         (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs), encoding="utf-8")
         write_manifest(
             folder,
@@ -112,6 +120,7 @@ def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Arti
     metrics = inputs["test"].json(METRICS)
     shown = ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics["metrics"].items()))
     origin = "\n".join(f"- {k}: {v}" for k, v in sorted(config.provenance.items()))
+    engine = f"\n{_engine_section(config.build, facts)}" if config.build else ""
     return f"""# What this is
 
 Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}` ({config.backend}, {facts["precision"]}).
@@ -122,4 +131,34 @@ Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}
 
 Licences: the weights follow the licences of the training data and of the model they were distilled from, which edgekd cannot know; `predict.py` is
 MIT-licensed with edgekd. Check a copy with `edgekd verify FOLDER`; classify images with `python predict.py FOLDER_OF_IMAGES`.
+{engine}"""
+
+
+def _engine_section(build: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """How the device makes its engine: by build.py, or by hand."""
+    return f"""## The engine
+
+On the device: `python3 build.py` builds `model.engine` with its own TensorRT, checks it on the sample images, measures it and completes the manifest.
+By hand, the build alone:
+
+    {trtexec(build, facts)}
 """
+
+
+def trtexec(build: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The command of TensorRT's own tool that builds the same engine; precision comes from the graph, so there is no --int8 and no --fp16."""
+    tool = "tensorrt_rtx" if build["backend"] == "tensorrt_rtx" else "trtexec"
+    options, size = build["options"], facts["image_size"]
+    words = [tool, "--onnx=model.onnx", "--saveEngine=model.engine", *(["--stronglyTyped"] if tool == "trtexec" else [])]
+    if facts["fixed_batch"] is None:
+        most = max(build["batch"], options["max_batch"])
+        words += [
+            f"--{n}Shapes={facts['input']}:{batch}x3x{size}x{size}" for n, batch in (("min", 1), ("opt", build["batch"]), ("max", most))
+        ]
+    if options["workspace_mib"] is not None:
+        words.append(f"--memPoolSize=workspace:{options['workspace_mib']}")
+    if options["dla"] is not None:
+        words += [f"--useDLACore={options['dla']}", "--allowGPUFallback"]
+    words += ["--versionCompatible"] * options["version_compatible"]
+    words += ["--hardwareCompatibilityLevel=ampere+"] * options["hardware_compatible"]
+    return " ".join([*words, f"--builderOptimizationLevel={options['optimization']}"])

@@ -30,6 +30,7 @@ class RunConfig(Base):
     backend: str = Field("onnxruntime", description="runtime")
     threads: int = Field(1, ge=1, description="threads of the runtime")
     batch: int = Field(1, ge=1, description="images per inference")
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of the backend's builder")
 
 
 @register("stage")
@@ -45,7 +46,9 @@ class Compile:
 
         config = settings.typed(RunConfig)
         backend = registry.load("backend", config.backend)()
-        meta: dict[str, Any] = backend.convert(inputs["graph"].path / GRAPH, load_device(config.device), out, {})
+        meta: dict[str, Any] = backend.convert(
+            inputs["graph"].path / GRAPH, load_device(config.device), out, config.options, batch=config.batch
+        )
         facts = inputs["graph"].json(FACTS) | {
             "device": config.device,
             "backend": config.backend,

@@ -1,4 +1,4 @@
-"""parity: torch fp32 -> ONNX fp32 -> int8 on real val images -> one row a rung; a broken rung makes the run end with exit 4."""
+"""parity: torch fp32 -> ONNX fp32 -> quantized -> engine on real val images -> one row a rung; a broken rung makes the run end with exit 4."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Parity:
     class Config(Base):
         samples: int = Field(256, ge=1, description="val images that are compared")
 
-    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "fp32": Kind.GRAPH, "data": Kind.DATA, "model?": Kind.MODEL}
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "fp32": Kind.GRAPH, "data": Kind.DATA, "model?": Kind.MODEL, "engine?": Kind.ENGINE}
     gives = Kind.METRICS
     version = 1
     libraries = ("torch", "onnxruntime-gpu", "onnxruntime")
@@ -38,6 +38,8 @@ class Parity:
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.parity import compare
         from edgekd.stages._common import drawn, open_dataset, task_of
+        from edgekd.stages.compile import open_engine
+        from edgekd.stages.evaluate import run_engine
 
         task, dataset = task_of(settings), open_dataset(inputs["data"], ctx)
         positions = drawn(dataset, "val", settings.typed(self.Config).samples)
@@ -47,9 +49,13 @@ class Parity:
             rows.append(compare("torch fp32 -> ONNX fp32", "fp32", torch_outputs(inputs["model"], dataset, positions), onnx, labels, task))
         precision = inputs["graph"].json(FACTS)["precision"]
         if inputs["graph"].digest != inputs["fp32"].digest:
-            rows.append(
-                compare(f"ONNX fp32 -> {precision}", precision, onnx, graph_outputs(inputs["graph"], dataset, positions, ctx), labels, task)
-            )
+            rounded = graph_outputs(inputs["graph"], dataset, positions, ctx)
+            rows.append(compare(f"ONNX fp32 -> {precision}", precision, onnx, rounded, labels, task))
+            onnx = rounded
+        if "engine" in inputs:
+            session, facts = open_engine(inputs["engine"])
+            found = run_engine(session, facts, dataset, positions, ctx, "parity")
+            rows.append(compare(f"ONNX {precision} -> {facts['backend']}", precision, onnx, found, labels, task))
         (out / PARITY).write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
         return {"ok": all(row["ok"] for row in rows)}
 

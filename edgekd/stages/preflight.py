@@ -51,7 +51,9 @@ class Place(Base):
     backend: str = Field(description="runtime")
     threads: int = Field(1, ge=1, description="threads of the runtime")
     runs: bool = Field(True, description="False: the engine is built but cannot be run here")
-    int8: bool = Field(True, description="False: its runtime does not run int8")
+    leaves_out: tuple[str, ...] = Field((), description="quantizing stages whose precision its runtime does not have")
+    batch: int = Field(1, ge=1, description="images per inference")
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of the backend's builder")
 
 
 @register("stage")
@@ -160,11 +162,12 @@ def _build_all(config: Any, model: nn.Module, spec: ModelSpec) -> list[str]:
         for place in config.places:
             with _named(f"compile for {place.device}"):
                 backend, device = registry.load("backend", place.backend)(), load_device(place.device)
-                int8 = _quantized(config, graph, Path(folder), images, device.flavour_for(place.backend), fixed) if place.int8 else ()
-                for name, file in [("fp32", graph), *int8]:
+                probes = [p for p in config.probes if p.stage == "quantize" and p.name not in place.leaves_out]
+                quantized = _quantized(probes, graph, Path(folder), images, device.flavour_for(place.backend), fixed)
+                for name, file in [("fp32", graph), *quantized]:
                     target = Path(folder) / f"{place.device}-{name}"
                     target.mkdir()
-                    meta = backend.convert(file, device, target, {})
+                    meta = backend.convert(file, device, target, place.options, batch=place.batch)
                     if place.runs:
                         backend.open(target / meta["model_file"], threads=place.threads, device=device).run(feeds)
                     built.append(f"{place.backend} {name} for {place.device}")
@@ -192,12 +195,11 @@ def _pruned(config: Any, student: nn.Module, spec: ModelSpec, dataset: Dataset, 
 
 
 def _quantized(
-    config: Any, graph: Path, folder: Path, images: NDArray[np.float32], flavour: str, fixed: int | None
+    probes: list[Probe], graph: Path, folder: Path, images: NDArray[np.float32], flavour: str, fixed: int | None
 ) -> Iterator[tuple[str, Path]]:
-    for probe in config.probes:
-        if probe.stage == "quantize":
-            with _named(probe.name):
-                cls = registry.load("quantize", str(probe.method))
-                file = folder / f"{probe.name}-{flavour}.onnx"
-                cls(cls.Config(**probe.config)).quantize(graph, file, iter([images[: fixed or _BATCH]]), flavour)
-                yield "int8", file
+    for probe in probes:
+        with _named(probe.name):
+            cls = registry.load("quantize", str(probe.method))
+            file = folder / f"{probe.name}-{flavour}.onnx"
+            cls(cls.Config(**probe.config)).quantize(graph, file, iter([images[: fixed or _BATCH]]), flavour)
+            yield cls.precision, file

@@ -44,9 +44,12 @@ class Quantize:
         quantizer = method_of(settings, "quantize")
         facts = inputs["graph"].json(FACTS)
         dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])
-        samples = calibration_batches(dataset, facts, quantizer.config.samples, ctx.seed)
+        wanted = getattr(quantizer.config, "samples", 0)  # methods that look at no data have no such setting
+        samples = calibration_batches(dataset, facts, wanted, ctx.seed)
         meta: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour)
-        (out / FACTS).write_text(json.dumps(facts | {"precision": "int8", "flavour": flavour}, sort_keys=True), encoding="utf-8")
+        (out / FACTS).write_text(
+            json.dumps(facts | {"precision": quantizer.precision, "flavour": flavour}, sort_keys=True), encoding="utf-8"
+        )
         return meta
 
 

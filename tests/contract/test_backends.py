@@ -66,7 +66,7 @@ def test_the_registry_lists_every_backend_file() -> None:
 def test_backend_says_whether_it_is_usable_and_which_version_without_importing_its_runtime(name: str) -> None:
     code = (
         f"import sys, json; from edgekd.registry import load; b = load('backend', {name!r})();"
-        "loaded = sorted({'onnxruntime', 'tensorrt', 'openvino', 'torch', 'onnx'} & set(sys.modules));"
+        "loaded = sorted({'onnxruntime', 'tensorrt', 'tensorrt_rtx_bindings', 'openvino', 'torch', 'onnx'} & set(sys.modules));"
         "sys.stdout.write(json.dumps([b.name, b.suffix, b.available(), b.version(), loaded]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])

@@ -29,8 +29,8 @@ USER_STAGES = [n for n in STAGES if hasattr(registry.load("stage", n), "method_k
 METHODS: dict[str, set[str]] = {  # what each kind's Protocol asks for
     "distill": {"setup", "terms", "needs", "co_trains", "Config"},
     "criterion": {"score", "needs", "Config"},
-    "quantize": {"quantize", "level", "Config"},
-    "backend": {"available", "runs_on", "version", "convert", "open", "name", "suffix"},
+    "quantize": {"quantize", "level", "precision", "needs", "Config"},
+    "backend": {"available", "builds", "builds_for", "Options", "runs_on", "version", "convert", "open", "name", "suffix"},
     "task": {"collate", "mix", "label_loss", "scores", "metrics", "agreement", "confusion", "postprocess", "metric_name"},
     "format": {"scan", "read", "image"},
     "stage": {"run", "takes", "gives", "version", "libraries", "Config"},

@@ -167,11 +167,11 @@ def test_a_target_that_is_away_is_judged_here_and_compiled_for_itself() -> None:
 
 
 def test_a_target_whose_runtime_has_no_int8_is_left_out_of_quantizing_and_that_is_said() -> None:
-    plan = planned("quickstart", "targets={host: {}, jetson-orin-nano: {}}")
+    plan = planned("quickstart", "targets={host: {}, jetson-orin-nano: {backend: onnxruntime}}")
     assert [s.name for s in plan.steps if s.stage == "quantize"] == ["quantize"]
-    assert plan.notes == ["jetson-orin-nano: 'quantize' is left out, its onnxruntime does not run int8"]
-    places = {p.device: (p.runs, p.int8) for p in plan.step("preflight").settings.config.places}  # type: ignore[attr-defined]
-    assert places == {"host": (True, True), "jetson-orin-nano": (False, False)}
+    assert plan.notes == ["jetson-orin-nano: 'quantize' is left out, its onnxruntime does not compute in int8"]
+    places = {p.device: (p.runs, p.leaves_out) for p in plan.step("preflight").settings.config.places}  # type: ignore[attr-defined]
+    assert places == {"host": (True, ()), "jetson-orin-nano": (False, ("quantize",))}
 
 
 def test_widths_are_multiples_of_what_the_first_target_prefers_wherever_it_is_judged() -> None:
@@ -181,7 +181,8 @@ def test_widths_are_multiples_of_what_the_first_target_prefers_wherever_it_is_ju
 
     assert quantum("targets={rpi5: {precision: fp32}}") == 8
     assert quantum("targets={rpi5: {}}") == 16
-    assert quantum("targets={nvidia-h200: {}}") == 8
+    assert quantum("targets={nvidia-h200: {backend: onnxruntime}}") == 8
+    assert quantum("targets={nvidia-h200: {}}") == 32
 
 
 def test_each_target_is_quantized_in_the_flavour_of_its_device() -> None:

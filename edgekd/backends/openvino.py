@@ -1,0 +1,120 @@
+"""OpenVINO: Intel's runtime for CPUs, often the fastest one for int8 graphs on x86; the engine is the ONNX file itself.
+
+Sessions compute in fp32 unless the graph says otherwise (Q/DQ pairs, casts): by itself OpenVINO would use bf16 where the CPU has it, and what was judged
+would not be what another CPU gives. One inference runs at a time, on `threads` threads.
+Source: OpenVINO's documentation of the CPU plug-in, properties `inference_precision`, `inference_num_threads`, `num_streams`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.config import Config
+from edgekd.errors import BackendError
+from edgekd.profile.device import same_machine
+from edgekd.registry import register
+
+if TYPE_CHECKING:
+    from edgekd.backends import Array, Feeds
+    from edgekd.profile.schema import DeviceProfile
+
+
+class OpenVinoSession:
+    """A compiled model with one inference request."""
+
+    def __init__(self, compiled: Any, where: str):
+        self._request, self._where = compiled.create_infer_request(), where
+        self._inputs = {i.any_name: i for i in compiled.inputs}
+        self._outputs = list(compiled.outputs)
+        self.input_names, self.output_names = list(self._inputs), [o.any_name for o in self._outputs]
+
+    def run(self, feeds: Feeds) -> list[Array]:
+        if self._request is None:
+            raise BackendError("the session is closed", where=self._where)
+        if set(feeds) != set(self._inputs):
+            raise BackendError(f"inputs {sorted(feeds)}", where=self._where, expected=f"{sorted(self._inputs)}")
+        for name, value in feeds.items():  # OpenVINO would convert silently
+            wanted = self._inputs[name].element_type.to_dtype()
+            if value.dtype != wanted:
+                raise BackendError(f"input '{name}' is {value.dtype}", where=self._where, expected=str(wanted))
+        try:
+            found = self._request.infer(dict(feeds), share_inputs=True)
+        except RuntimeError as error:
+            raise BackendError(f"openvino cannot run this input: {_first_line(error)}", where=self._where) from error
+        return [found[o].copy() for o in self._outputs]  # the request reuses its memory
+
+    def close(self) -> None:
+        self._request = None
+
+
+@register("backend")
+class OpenVino:
+    """Runs ONNX files on x86 and ARM CPUs."""
+
+    name = "openvino"
+    suffix = ".onnx"
+    builds = False
+
+    class Options(Config):
+        """None."""
+
+    def available(self) -> str | None:
+        if importlib.util.find_spec("openvino") is None:
+            return "openvino is not installed: pip install 'edgekd[openvino]'"
+        return None
+
+    def builds_for(self, device: DeviceProfile) -> str | None:
+        return self.available()
+
+    def runs_on(self, device: DeviceProfile) -> bool:
+        return self.available() is None and device.is_cpu and same_machine(device)
+
+    def version(self) -> str:
+        try:
+            return metadata.version(self.name)
+        except metadata.PackageNotFoundError:
+            return "none"
+
+    def prepare(self) -> None:
+        _runtime()
+
+    def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
+        """Compiles the graph once on this machine's CPU, and copies it. `options` must be empty."""
+        if options:
+            raise BackendError(f"openvino has no option '{min(options)}'", where=graph.name, expected="no options")
+        _compiled(graph, 1)
+        shutil.copyfile(graph, out / "model.onnx")
+        return {"model_file": "model.onnx", "runtime": self.name, "version": self.version()}
+
+    def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> OpenVinoSession:
+        return OpenVinoSession(_compiled(engine, threads), engine.name)
+
+
+def _compiled(graph: Path, threads: int) -> Any:
+    core = _runtime().Core()
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    try:
+        return core.compile_model(core.read_model(str(graph)), "CPU", settings)
+    except RuntimeError as error:
+        raise BackendError(
+            f"openvino cannot open the graph: {_first_line(error)}", where=graph.name, hint="backend: onnxruntime"
+        ) from error
+
+
+def _runtime() -> Any:
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise BackendError(f"openvino cannot be imported: {_first_line(error)}", hint="edgekd doctor") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check '", "While "))]
+    return (told or lines or [type(error).__name__])[0][:300]

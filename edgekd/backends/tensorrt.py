@@ -1,0 +1,295 @@
+"""TensorRT: an engine for one kind of NVIDIA GPU, from a graph that carries its own precision.
+
+The network is strongly typed, so what runs in int8 or fp16 is what the graph says (Q/DQ pairs, casts), and one code path serves TensorRT 10.3 to 11
+and TensorRT for RTX (tensorrt_rtx.py). TensorRT builds on the GPU that will run the engine; without that GPU the bundle carries build.py instead.
+An engine is executable code: only what this process built, or a verified bundle, is opened.
+Source: NVIDIA's Python API of 10.3, 10.16, 11.4 and RTX 1.7, as listed by the bindings themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from edgekd.config import Config
+from edgekd.errors import BackendError
+from edgekd.profile.device import same_machine
+from edgekd.registry import register
+
+if TYPE_CHECKING:
+    from edgekd.backends import Array, Feeds
+    from edgekd.profile.schema import DeviceProfile
+
+_MIB = 2**20
+_NOISE = re.compile(r"catchCudaError|cudaError 35|insufficient for CUDA runtime|--- (Begin|End) node ---|^Node name:")
+_PLACES = re.compile(r"\.?\s*In \w+ at /_src\S+|^.*?Error Code \d+: |^API Usage Error \(|\[\w+\.cpp:[^\]]*\]\s*")
+_X86_FLAVOUR = re.compile(r"Non-zero zero point|type Int32 but must have type|zeroPt must be all zeros")
+_FLAVOUR_HINT = "the graph is quantized for x86; quantize for this device: edgekd quantize MODEL --data FOLDER --device {device}"
+
+
+@register("backend")
+class TensorRT:
+    """Builds strongly typed engines, and runs them on this machine's GPU."""
+
+    class Options(Config):
+        max_batch: int = Field(32, ge=1, le=4096, description="largest batch that the engine takes")
+        workspace_mib: int | None = Field(None, ge=1, description="scratch memory that kernels may use; default: what the device has")
+        version_compatible: bool = Field(False, description="the engine also runs with later versions of the runtime")
+        hardware_compatible: bool = Field(False, description="the engine also runs on other GPUs from Ampere on, somewhat slower")
+        dla: int | None = Field(None, ge=0, le=15, description="DLA core that runs what it can; the GPU takes the rest")
+        optimization: int = Field(3, ge=0, le=5, description="how long the builder searches for kernels")
+
+    name: str = "tensorrt"
+    suffix: str = ".engine"
+    builds: bool = True
+    libraries: ClassVar[tuple[str, ...]] = ("tensorrt",)  # imported in this order; the last one has the API
+    wheels: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+    install: ClassVar[str] = "pip install tensorrt, on the machine with the GPU"
+
+    # ------------------------------------------------------------------------------------------------ what is here
+    def available(self) -> str | None:
+        if any(importlib.util.find_spec(library) is None for library in self.libraries):
+            return f"{self.name} is not installed: {self.install}"
+        return None
+
+    def builds_for(self, device: DeviceProfile) -> str | None:
+        if (missing := self.available()) is not None:
+            return missing
+        if not same_machine(device):
+            return f"TensorRT builds on the device itself: copy the bundle to {device.id} and run its build.py there"
+        return None
+
+    def runs_on(self, device: DeviceProfile) -> bool:
+        return self.available() is None and device.arch.gpu is not None and same_machine(device)
+
+    def version(self) -> str:
+        for wheel in self.wheels:
+            try:
+                return metadata.version(wheel)
+            except metadata.PackageNotFoundError:
+                continue
+        return "none"
+
+    def prepare(self) -> None:
+        self.runtime()
+
+    def runtime(self) -> Any:
+        """The imported bindings; raises BackendError where they or their libraries are missing."""
+        if (missing := self.available()) is not None:
+            raise BackendError(missing, hint="edgekd doctor")
+        try:
+            return [importlib.import_module(library) for library in self.libraries][-1]
+        except (ImportError, OSError) as error:
+            raise BackendError(f"{self.name} cannot be imported: {error}", hint="edgekd doctor") from error
+
+    # ------------------------------------------------------------------------------------------------ building
+    def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
+        """Builds `model.engine` for `batch` images, and up to `max_batch` where the graph allows; raises BackendError that names the node."""
+        asked, trt = self._asked(options, graph), self.runtime()
+        log = _log_of(trt)
+        try:
+            builder = trt.Builder(log)
+        except Exception as error:  # the bindings raise pybind11's own types
+            raise BackendError(f"{self.name} has no builder here: {error}", where=graph.name, hint="edgekd doctor") from error
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse(graph.read_bytes()):
+            raise self._refused([parser.get_error(i) for i in range(parser.num_errors)], graph, device)
+        config = builder.create_builder_config()
+        self._target(trt, config, device)
+        _apply(trt, config, asked)
+        shapes = _add_profile(builder, config, network, batch, max(batch, asked.max_batch), graph)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names of layers, for the engine inspector
+        monitor = _monitor_of(trt)
+        config.progress_monitor = monitor
+        with ThreadPoolExecutor(1) as pool:  # an exception of a signal must not be raised in a callback, below the builder's C++
+            built = pool.submit(builder.build_serialized_network, network, config)
+            try:
+                plan = built.result()
+            except BaseException:
+                monitor.stopped = True
+                raise
+        if plan is None:
+            raise self._failed(log.errors, graph, device)
+        (out / "model.engine").write_bytes(plan)
+        return {
+            "model_file": "model.engine",
+            "runtime": self.name,
+            "version": str(trt.__version__),
+            "compute_capability": device.arch.sm,
+            "layers": network.num_layers,
+            "shapes": shapes,
+            "options": asked.model_dump(exclude_none=True),
+        }
+
+    def _asked(self, options: Mapping[str, Any], graph: Path) -> Any:
+        unknown = set(options) - set(self.Options.model_fields)
+        if unknown:
+            expected = ", ".join(self.Options.model_fields)
+            raise BackendError(f"{self.name} has no option '{min(unknown)}'", where=graph.name, expected=f"one of {expected}")
+        return self.Options(**options)
+
+    def _target(self, trt: Any, config: Any, device: DeviceProfile) -> None:
+        """TensorRT builds for the GPU at hand: nothing to set."""
+
+    def _refused(self, errors: Sequence[Any], graph: Path, device: DeviceProfile) -> BackendError:
+        """The parser's first refusal in one line, with the node that it is about."""
+        if not errors:
+            return BackendError(f"{self.name} cannot read the graph", where=graph.name, expected="an ONNX file", hint="edgekd doctor")
+        first, said = errors[0], _first_reason(errors[0].desc())
+        node = f"node '{first.node_name()}' ({first.node_operator()}): " if first.node_name() or first.node_operator() else ""
+        hint = _FLAVOUR_HINT.format(device=device.id) if _X86_FLAVOUR.search(first.desc()) else f"precision: fp32 for {device.id}"
+        return BackendError(f"{self.name} does not take the graph: {node}{said}", where=graph.name, hint=hint)
+
+    def _failed(self, errors: Sequence[str], graph: Path, device: DeviceProfile) -> BackendError:
+        said = next((r for e in reversed(errors) if (r := _first_reason(e))), "the builder gives no reason")
+        return BackendError(
+            f"{self.name} cannot build an engine for {device.id}: {said}", where=graph.name, hint=f"precision: fp32 for {device.id}"
+        )
+
+    # ------------------------------------------------------------------------------------------------ running
+    def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> TrtSession:
+        """The engine on this machine's GPU; `threads` is for runtimes of the CPU."""
+        if not self.runs_on(device):
+            raise BackendError(
+                f"an engine for {device.id} does not run on this machine",
+                where=engine.name,
+                expected=device.name,
+                hint="copy the bundle to the device",
+            )
+        return TrtSession(self.runtime(), engine)
+
+
+class TrtSession:
+    """An engine with one execution context; inputs and outputs live in torch tensors on the GPU."""
+
+    def __init__(self, trt: Any, engine: Path):
+        log = _log_of(trt)
+        self._where, self._trt = engine.name, trt
+        self._engine = trt.Runtime(log).deserialize_cuda_engine(engine.read_bytes())
+        if self._engine is None:
+            said = next((r for e in reversed(log.errors) if (r := _first_reason(e))), "no reason given")
+            raise BackendError(
+                f"the engine cannot be opened: {said}",
+                where=engine.name,
+                expected=f"an engine of version {trt.__version__} for this GPU",
+                hint="build it again on this machine: edgekd verify BUNDLE --build",
+            )
+        self._context = self._engine.create_execution_context()
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self.input_names = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.output_names = [n for n in names if n not in self.input_names]
+
+    def run(self, feeds: Feeds) -> list[Array]:
+        import numpy as np
+        import torch
+
+        if self._context is None:
+            raise BackendError("the session is closed", where=self._where)
+        if set(feeds) != set(self.input_names):
+            raise BackendError(f"inputs {sorted(feeds)}", where=self._where, expected=f"{sorted(self.input_names)}")
+        held = []
+        for name, value in feeds.items():
+            wanted = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+            if value.dtype != wanted or not self._context.set_input_shape(name, value.shape):
+                raise BackendError(
+                    f"input '{name}' is {value.dtype} {value.shape}",
+                    where=self._where,
+                    expected=f"{wanted} in a shape of the engine's profile",
+                )
+            held.append(torch.from_numpy(np.ascontiguousarray(value)).cuda())
+            self._context.set_tensor_address(name, held[-1].data_ptr())
+        outputs = []
+        for name in self.output_names:
+            dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+            empty = torch.from_numpy(np.empty(tuple(self._context.get_tensor_shape(name)), dtype)).cuda()
+            outputs.append(empty)
+            self._context.set_tensor_address(name, empty.data_ptr())
+        stream = torch.cuda.current_stream()
+        if not self._context.execute_async_v3(stream.cuda_stream):
+            raise BackendError("the engine failed while running", where=self._where)
+        stream.synchronize()
+        return [t.cpu().numpy() for t in outputs]
+
+    def close(self) -> None:
+        self._context = self._engine = None
+
+
+# ------------------------------------------------------------------------------------------------------------ settings of a build
+def _apply(trt: Any, config: Any, asked: Any) -> None:
+    config.builder_optimization_level = asked.optimization
+    if asked.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, asked.workspace_mib * _MIB)
+    if asked.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if asked.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if asked.dla is not None:
+        config.default_device_type, config.DLA_core = trt.DeviceType.DLA, asked.dla
+        config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+
+
+def _add_profile(builder: Any, config: Any, network: Any, batch: int, most: int, graph: Path) -> dict[str, list[list[int]]]:
+    """One optimization profile for a dynamic batch: smallest, usual and largest shape of each input. Returns what was set."""
+    profile, shapes = builder.create_optimization_profile(), {}
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        shape = [int(d) for d in tensor.shape]
+        if -1 not in shape:
+            continue
+        if shape[0] != -1 or -1 in shape[1:]:
+            raise BackendError(f"input '{tensor.name}' is {shape}", where=graph.name, expected="no dynamic size but the batch, the first")
+        shapes[tensor.name] = [[n, *shape[1:]] for n in (1, batch, most)]
+        profile.set_shape(tensor.name, *map(tuple, shapes[tensor.name]))
+    if shapes:
+        config.add_optimization_profile(profile)
+    return shapes
+
+
+# ------------------------------------------------------------------------------------------------------------ callbacks
+def _log_of(trt: Any) -> Any:
+    """A logger that keeps errors: the bindings' own one prints to stderr."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and not _NOISE.search(message):
+                self.errors.append(message)
+
+    return Log()
+
+
+def _monitor_of(trt: Any) -> Any:
+    """Ends the build at its next step once `stopped` is set."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.stopped = False
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None: ...
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return not self.stopped
+
+        def phase_finish(self, phase: str) -> None: ...
+
+    return Monitor()
+
+
+def _first_reason(text: str) -> str:
+    """The first line that says something to a person, without source places."""
+    lines = [line for line in text.splitlines() if line.strip() and not _NOISE.search(line)]
+    told = [_PLACES.sub("", _PLACES.sub("", line)).strip() for line in lines]  # twice: what stands first hides what follows
+    return next((t for t in reversed(told) if t and not t.startswith("Invalid Node -")), told[0] if told else "")[:300]

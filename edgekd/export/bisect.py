@@ -1,0 +1,113 @@
+"""Where two graphs of one model part: intermediate tensors of the same name are compared in order, and the first that breaks names its node.
+
+Graphs share names as far as the exporter and the quantizer keep them: a quantized graph computes `x` and goes on with its rounded copy, so `x` still
+shows what reached it. Both run without graph optimization, which would fuse the tensors away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+    Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+_FLOATS = (1, 10)  # TensorProto.FLOAT, FLOAT16
+_CHUNK = 40  # intermediate tensors that are held at once
+_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A node of the second graph whose output the first one has too: cosine and error relative to the largest value."""
+
+    node: str
+    op: str
+    module: str
+    tensor: str
+    cosine: float
+    max_relative: float
+
+    def said(self) -> str:
+        part = f", module '{self.module}'" if self.module else ""
+        return f"node '{self.node}' ({self.op}{part}): cosine {self.cosine:.4f}, error {self.max_relative:.2g} of the largest value"
+
+
+def compare_tensors(reference: onnx.ModelProto, other: onnx.ModelProto, feeds: Feeds, other_feeds: Feeds) -> list[Compared]:
+    """Every tensor that both graphs compute under one name with one shape, in the order of `other`."""
+    produced = {name for node in reference.graph.node for name in node.output if name}
+    places = {name: node for node in other.graph.node for name in node.output if name in produced}
+    modules, found = _modules(other), []
+    names = list(places)
+    for start in range(0, len(names), _CHUNK):
+        chunk = names[start : start + _CHUNK]
+        a, b = _values(reference, chunk, feeds), _values(other, chunk, other_feeds)
+        for name in chunk:
+            if name in a and name in b and a[name].shape == b[name].shape and a[name].size:
+                node = places[name]
+                cosine, relative = _distance(a[name], b[name])
+                found.append(Compared(node.name or name, node.op_type, modules.get(name, ""), name, cosine, relative))
+    return found
+
+
+def first_break(tensors: list[Compared], *, min_cosine: float, max_relative: float) -> Compared | None:
+    """The first tensor that lies outside the limits."""
+    return next((t for t in tensors if not (t.cosine >= min_cosine and t.max_relative <= max_relative)), None)
+
+
+def steepest(tensors: list[Compared], count: int) -> list[Compared]:
+    """The nodes at which the cosine falls most: what to keep in a higher precision first."""
+    drops, before = [], 1.0
+    for t in tensors:
+        drops.append((before - t.cosine, t))
+        before = min(before, t.cosine)
+    return [t for drop, t in sorted(drops, key=lambda d: -d[0])[:count] if drop > 0]
+
+
+def _distance(a: Any, b: Any) -> tuple[float, float]:
+    import numpy as np
+
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    if not np.isfinite(y).all():
+        return 0.0, float("inf")
+    size = float(np.linalg.norm(x) * np.linalg.norm(y))
+    same = bool(np.array_equal(x, y))
+    return 1.0 if same else float(x @ y) / max(size, _EPS), float(np.abs(x - y).max()) / max(float(np.abs(x).max()), _EPS)
+
+
+def _values(model: onnx.ModelProto, names: list[str], feeds: Feeds) -> dict[str, Any]:
+    """Values of intermediate tensors, floats only."""
+    import onnx
+    import onnxruntime as ort
+
+    own = {n for node in model.graph.node for n in node.output}
+    wanted = [n for n in names if n in own]
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    copy.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted)  # onnxruntime infers their types
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = ort.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    floats = [o.name for o in session.get_outputs() if o.type in ("tensor(float)", "tensor(float16)")]
+    return dict(zip(floats, session.run(floats, dict(feeds)), strict=True)) if floats else {}
+
+
+def _modules(model: onnx.ModelProto) -> dict[str, str]:
+    """Tensor -> the torch module whose parameters its node uses, read from the parameters' names, or that of the nearest node before it."""
+    held = {t.name for t in model.graph.initializer}
+    found: dict[str, str] = {}
+    origin: dict[str, str] = {name: name for name in held}  # a weight behind Q/DQ nodes is still that weight
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input and node.input[0] in origin:
+            origin[node.output[0]] = origin[node.input[0]]
+        own = next((origin[n] for n in node.input if n in origin and "." in origin[n]), "")  # `layer1.0.conv1.weight` and what made it
+        before = next((found[n] for n in node.input if found.get(n)), "")
+        for name in node.output:
+            found[name] = own.rpartition(".")[0] if own else before
+    return found

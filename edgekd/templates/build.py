@@ -1,0 +1,207 @@
+"""Builds this bundle's engine on the device, checks it on the sample images, measures it, and completes the manifest: python3 build.py
+
+Needs Python 3.8 or newer, numpy and the device's own TensorRT (tensorrt, or TensorRT for RTX); no pip and nothing of edgekd.
+Where there is no GPU the engine is built and neither checked nor measured, and the manifest says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+PRODUCTS = {"tensorrt": ["tensorrt"], "tensorrt_rtx": ["tensorrt_rtx_libs", "tensorrt_rtx_bindings"]}
+ENGINE, MANIFEST = "model.engine", "manifest.json"
+WARM_UP, RUNS = 50, 500
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
+
+
+def main() -> None:
+    bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
+    manifest = json.loads((HERE / MANIFEST).read_text(encoding="utf-8"))
+    check_files(manifest)
+    trt = load(bundle["build"]["backend"])
+    print(f"building with {trt.__name__} {trt.__version__} ...")
+    plan = build(trt, bundle)
+    (HERE / ENGINE).write_bytes(plan)
+    print(f"{ENGINE}: {len(plan)} bytes")
+    found: dict[str, Any] = {"backend": bundle["build"]["backend"], "version": trt.__version__, "measured": False}
+    cuda = Cuda.find()
+    if cuda is None:
+        print("no CUDA device here: the engine was built, but neither checked nor measured")
+    else:
+        found.update(run(trt, plan, bundle, cuda), measured=True)
+        p50 = found["latency_ms"]["p50"]
+        print(f"sample outputs within {found['gap']:.3g} (tolerance {bundle['tolerance']:.3g}); p50 {p50:.3f} ms")
+    complete(bundle, manifest, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def check_files(manifest: dict[str, Any]) -> None:
+    """Every byte as it was packed; an engine of an earlier build may be there."""
+    for name, entry in manifest["files"].items():
+        if name != ENGINE and sha256(HERE / name) != entry["sha256"]:
+            sys.exit(f"'{name}' was changed since the bundle was made: copy the bundle again")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def complete(bundle: dict[str, Any], manifest: dict[str, Any], found: dict[str, Any]) -> None:
+    """The engine and what was measured, under the same digest as everything else."""
+    bundle["engine_file"] = ENGINE
+    write(HERE / "bundle.json", json.dumps(bundle, sort_keys=True, indent=1, ensure_ascii=True) + "\n")
+    for name in ("bundle.json", ENGINE):
+        manifest["files"][name] = {"size": (HERE / name).stat().st_size, "sha256": sha256(HERE / name)}
+    manifest["built"] = found
+    manifest.pop("digest", None)
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    manifest["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
+    write(HERE / MANIFEST, json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- engine
+def load(product: str) -> Any:
+    try:
+        return [importlib.import_module(name) for name in PRODUCTS[product]][-1]
+    except (ImportError, OSError) as error:
+        sys.exit(f"{product} cannot be imported: {error}. It comes with the device's system image, or from NVIDIA.")
+
+
+def build(trt: Any, bundle: dict[str, Any]) -> bytes:
+    """A strongly typed engine: its precision is what the graph says."""
+    asked = bundle["build"]["options"]
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse((HERE / bundle["model_file"]).read_bytes()):
+        sys.exit("the graph is refused:\n" + "\n".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors)))
+    config = builder.create_builder_config()
+    config.builder_optimization_level = asked["optimization"]
+    if asked.get("workspace_mib"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, asked["workspace_mib"] * 2**20)
+    if asked["version_compatible"]:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if asked["hardware_compatible"]:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if asked.get("dla") is not None:
+        config.default_device_type, config.DLA_core = trt.DeviceType.DLA, asked["dla"]
+        config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+    if trt.__name__.startswith("tensorrt_rtx") and Cuda.find() is None:  # cannot ask a GPU: build for the one that the bundle is for
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.__members__["SM" + bundle["build"]["compute_capability"].replace(".", "")], 0)
+    profile, batch = builder.create_optimization_profile(), bundle["build"]["batch"]
+    tensor = network.get_input(0)
+    if tensor.shape[0] == -1:
+        rest = tuple(tensor.shape)[1:]
+        profile.set_shape(tensor.name, (1, *rest), (batch, *rest), (max(batch, asked["max_batch"]), *rest))
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        sys.exit("the engine could not be built; the reason stands above")
+    return bytes(plan)
+
+
+# ---------------------------------------------------------------------------------------------------------------- running
+class Cuda:
+    """The four calls of the CUDA runtime that one engine needs."""
+
+    def __init__(self, library: Any):
+        self.library = library
+
+    @staticmethod
+    def find() -> Cuda | None:
+        for name in ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"):
+            try:
+                library = ctypes.CDLL(name)
+            except OSError:
+                continue
+            count = ctypes.c_int(0)
+            if library.cudaGetDeviceCount(ctypes.byref(count)) == 0 and count.value > 0:
+                return Cuda(library)
+        return None
+
+    def call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self.library, name)(*arguments)
+        if code != 0:
+            sys.exit(f"{name} failed with CUDA error {code}")
+
+    def memory(self, size: int) -> ctypes.c_void_p:
+        pointer = ctypes.c_void_p()
+        self.call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size))
+        return pointer
+
+    def copy(self, to: Any, source: Any, size: int, direction: int) -> None:
+        self.call("cudaMemcpy", to, source, ctypes.c_size_t(size), ctypes.c_int(direction))
+
+    def stream(self) -> ctypes.c_void_p:
+        stream = ctypes.c_void_p()
+        self.call("cudaStreamCreate", ctypes.byref(stream))
+        return stream
+
+
+def run(trt: Any, plan: bytes, bundle: dict[str, Any], cuda: Cuda) -> dict[str, Any]:
+    """Outputs of the sample images against the stored ones, then latency of one inference without copies."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        sys.exit("the engine was built but does not load on this GPU")
+    context, stream = engine.create_execution_context(), cuda.stream()
+    with np.load(HERE / "samples.npz") as stored:
+        pixels, wanted = stored["pixels"], stored["outputs"]
+    settings, size = bundle["preprocess"], bundle["fixed_batch"] or 1
+    mean, std = np.asarray(settings["mean"], np.float32), np.asarray(settings["std"], np.float32)
+    images = np.ascontiguousarray(((pixels.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+    x = np.ascontiguousarray(np.repeat(images[:1], size, axis=0))
+    y = np.empty((size,) + wanted.shape[1:], np.float32)
+    held = {bundle["input"]: cuda.memory(x.nbytes), bundle["output"]: cuda.memory(y.nbytes)}
+    context.set_input_shape(bundle["input"], x.shape)
+    for name, pointer in held.items():
+        context.set_tensor_address(name, pointer.value)
+
+    def infer() -> None:
+        if not context.execute_async_v3(stream.value):
+            sys.exit("the engine failed while running")
+        cuda.call("cudaStreamSynchronize", stream)
+
+    answers = []
+    for image in images:
+        x[:] = image
+        cuda.copy(held[bundle["input"]], x.ctypes.data_as(ctypes.c_void_p), x.nbytes, HOST_TO_DEVICE)
+        infer()
+        cuda.copy(y.ctypes.data_as(ctypes.c_void_p), held[bundle["output"]], y.nbytes, DEVICE_TO_HOST)
+        answers.append(y[0].copy())
+    got = np.stack(answers)
+    gap, alike = float(np.abs(got - wanted).max()), float((got.argmax(1) == wanted.argmax(1)).mean())
+    if not np.isfinite(got).all() or gap > bundle["tolerance"]:
+        sys.exit(f"outputs differ by up to {gap:.3g}, allowed are {bundle['tolerance']:.3g}; {alike:.0%} of the labels agree")
+    for _ in range(WARM_UP):
+        infer()
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        infer()
+        times.append(1e3 * (time.perf_counter() - start))
+    p50, p95, p99 = (float(q) for q in np.percentile(times, [50, 95, 99]))
+    return {"gap": gap, "labels_alike": alike, "batch": size, "latency_ms": {"p50": p50, "p95": p95, "p99": p99, "n": RUNS}}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""TensorRT for RTX builds real engines here, without a GPU; its parser's refusals become edgekd's own messages."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+
+from edgekd.artifact import digest_of
+from edgekd.backends.tensorrt import TensorRT
+from edgekd.backends.tensorrt_rtx import TensorRTForRTX
+from edgekd.bundle import verify_files, write_manifest
+from edgekd.errors import BackendError
+from edgekd.export.onnx import INPUT, OUTPUT, export_onnx
+from edgekd.profile.device import load_device
+from edgekd.quantize.fp16 import FP16
+from edgekd.quantize.ptq import PTQ
+from edgekd.registry import load
+
+SIZE = 64
+FAMILIES: dict[str, dict[str, Any]] = {  # one of each kind of block, with few of them: the full families are a matter of the long tier
+    "resnet10t": {},
+    "mobilenetv3_small_050": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1)},
+    "vit_tiny_patch16_224": {"img_size": SIZE, "depth": 2},
+    "mixer_s32_224": {"img_size": SIZE, "num_blocks": 2},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": SIZE,
+        "window_size": 4,
+        "depths": (1, 1, 2, 1),
+        "embed_dim": 24,
+        "num_heads": (1, 2, 3, 4),
+    },
+}
+RTX = load_device("rtx4090")
+TEMPLATE = Path(sys.modules["edgekd"].__file__ or "").parent / "templates" / "build.py"
+
+pytestmark = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp(request.param) / "model.onnx"
+    export_onnx(timm.create_model(request.param, num_classes=10, **FAMILIES[request.param]).eval(), SIZE, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16 * 64, 4))
+    path = tmp_path_factory.mktemp("tiny") / "model.onnx"
+    export_onnx(net.eval(), 16, path)
+    return path
+
+
+def batches(size: int) -> Any:
+    return iter([np.random.default_rng(i).standard_normal((8, 3, size, size), dtype=np.float32) for i in range(2)])
+
+
+def build(graph: Path, out: Path, **options: Any) -> dict[str, Any]:
+    out.mkdir()
+    return TensorRTForRTX().convert(graph, RTX, out, options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "fp16"])
+def test_every_family_builds_into_an_engine(exported: Path, precision: str, tmp_path: Path) -> None:
+    graph = tmp_path / "graph.onnx"
+    if precision == "int8":
+        PTQ(PTQ.Config()).quantize(exported, graph, batches(SIZE), RTX.flavour_for("tensorrt_rtx"))
+    elif precision == "fp16":
+        FP16(FP16.Config()).quantize(exported, graph, iter([]), "s8s8")
+    else:
+        shutil.copyfile(exported, graph)
+    meta = build(graph, tmp_path / "engine")
+    engine = tmp_path / "engine" / meta["model_file"]
+    assert engine.stat().st_size > 50_000
+    assert (meta["compute_capability"], meta["shapes"][INPUT]) == ("8.9", [[1, 3, SIZE, SIZE], [1, 3, SIZE, SIZE], [32, 3, SIZE, SIZE]])
+
+
+def test_a_graph_quantized_for_x86_is_refused_with_its_node_and_what_to_do(tiny: Path, tmp_path: Path) -> None:
+    PTQ(PTQ.Config()).quantize(tiny, tmp_path / "m.onnx", batches(16), "u8s8")
+    with pytest.raises(BackendError, match=r"node '.+' \(\w+\)") as error:
+        build(tmp_path / "m.onnx", tmp_path / "engine")
+    assert "cudaError" not in str(error.value)
+    assert "quantized for x86" in (error.value.hint or "")
+    assert not list((tmp_path / "engine").iterdir())
+
+
+def test_damage_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"\x08\x09not a graph")
+    with pytest.raises(BackendError, match=r"bad\.onnx"):
+        build(tmp_path / "bad.onnx", tmp_path / "engine")
+
+
+def test_a_size_that_is_dynamic_beside_the_batch_is_refused(tiny: Path, tmp_path: Path) -> None:
+    proto = onnx.load(tiny)
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(BackendError, match=r"no dynamic size but the batch|does not take the graph"):
+        build(tmp_path / "m.onnx", tmp_path / "engine")
+
+
+@pytest.mark.parametrize("options", [{"max_batch": 4}, {"workspace_mib": 64}, {"version_compatible": False}, {"optimization": 0}])
+def test_options_of_a_build(tiny: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    meta = build(tiny, tmp_path / "engine", **options)
+    assert {n: meta["options"][n] for n in options} == options
+    assert meta["shapes"][INPUT][2][0] == options.get("max_batch", 32)
+
+
+def test_unknown_options_and_capabilities_are_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="no option 'turbo'"):
+        build(tiny, tmp_path / "engine", turbo=True)
+    with pytest.raises(BackendError, match=r"compute capability 9\.0"):
+        TensorRTForRTX().convert(tiny, load_device("nvidia-h200"), tmp_path, {})
+
+
+def test_an_engine_of_another_gpu_is_not_opened(tiny: Path, tmp_path: Path) -> None:
+    meta = build(tiny, tmp_path / "engine")
+    with pytest.raises(BackendError, match="does not run on this machine"):
+        TensorRTForRTX().open(tmp_path / "engine" / meta["model_file"], threads=1, device=RTX)
+
+
+def test_a_signal_ends_a_build(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exception of a signal comes out of the wait, and the builder is told to stop."""
+    stopped: list[Any] = []
+
+    class Pool:
+        def __init__(self, workers: int): ...
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, call: Any, network: Any, config: Any) -> Pool:
+            stopped.append(config.progress_monitor)
+            return self
+
+        def result(self) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgekd.backends.tensorrt.ThreadPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny, tmp_path / "engine")
+    assert stopped[0].stopped
+    assert stopped[0].step_complete("phase", 1) is False
+
+
+def test_tensorrt_itself_builds_on_the_device_only() -> None:
+    backend, jetson = TensorRT(), load_device("jetson-orin-nano")
+    assert backend.builds_for(jetson) is not None
+    assert not backend.runs_on(jetson)
+
+
+# ------------------------------------------------------------------------------------------------------------ build.py
+@pytest.fixture
+def bundle(tiny: Path, tmp_path: Path) -> Path:
+    """A bundle as far as build.py reads it."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    shutil.copyfile(tiny, folder / "model.onnx")
+    shutil.copyfile(TEMPLATE, folder / "build.py")
+    options = TensorRTForRTX.Options().model_dump(mode="json")
+    facts = {
+        "model_file": "model.onnx",
+        "engine_file": "model.onnx",
+        "input": INPUT,
+        "output": OUTPUT,
+        "fixed_batch": None,
+        "tolerance": 1e-3,
+        "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3},
+        "build": {"backend": "tensorrt_rtx", "compute_capability": "8.9", "batch": 1, "options": options},
+    }
+    (folder / "bundle.json").write_text(json.dumps(facts))
+    np.savez(folder / "samples.npz", pixels=np.zeros((2, 16, 16, 3), np.uint8), outputs=np.zeros((2, 4), np.float32))
+    write_manifest(folder, {"recipe": "r", "target": "rtx4090"})
+    return folder
+
+
+def run_script(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "build.py"], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_build_py_builds_and_completes_a_manifest_that_still_verifies(bundle: Path) -> None:
+    done = run_script(bundle)
+    assert done.returncode == 0, done.stderr
+    manifest = verify_files(bundle)
+    assert manifest["built"]["backend"] == "tensorrt_rtx"
+    assert manifest["files"]["model.engine"]["size"] == (bundle / "model.engine").stat().st_size > 10_000
+    assert json.loads((bundle / "bundle.json").read_text())["engine_file"] == "model.engine"
+    assert digest_of(manifest)  # canonical JSON of both sides is the same, or verify_files had refused it
+    assert run_script(bundle).returncode == 0  # it can be repeated
+    verify_files(bundle)
+
+
+def test_build_py_refuses_a_changed_file(bundle: Path) -> None:
+    data = bytearray((bundle / "model.onnx").read_bytes())
+    data[100] ^= 1
+    (bundle / "model.onnx").write_bytes(data)
+    done = run_script(bundle)
+    assert done.returncode == 1
+    assert "'model.onnx' was changed" in done.stderr
+    assert not (bundle / "model.engine").exists()
+
+
+def test_build_py_is_python_3_8_and_needs_only_numpy_and_tensorrt() -> None:
+    tree = ast.parse(TEMPLATE.read_text(), feature_version=(3, 8))
+    imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert imported - set(sys.stdlib_module_names) == {"numpy"}
+
+
+def test_build_py_applies_every_option_of_the_backend() -> None:
+    text = TEMPLATE.read_text()
+    assert [name for name in TensorRT.Options.model_fields if f'"{name}"' not in text] == []
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_both_backends_are_listed(name: str) -> None:
+    assert load("backend", name).name == name

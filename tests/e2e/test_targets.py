@@ -1,0 +1,161 @@
+"""Other devices, backends and precisions than the host's own: what ships, what is said, and how two forms of a model are compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from edgekd.backends.openvino import OpenVino
+from edgekd.backends.tensorrt_rtx import TensorRTForRTX
+from tests.support import Result, run_here, write_images
+
+pytestmark = pytest.mark.usefixtures("quick")
+needs_rtx = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
+needs_openvino = pytest.mark.skipif(OpenVino().available() is not None, reason=str(OpenVino().available()))
+
+
+@pytest.fixture(scope="module")
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("targets-home")
+
+
+@pytest.fixture(autouse=True)
+def _store(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKD_HOME", str(own_store))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("photos") / "data", each=16, suffix=".png")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import timm
+
+    from edgekd.export.onnx import export_onnx
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "mine.onnx"
+    export_onnx(timm.create_model("resnet10t", num_classes=3).eval(), 32, path)
+    return path
+
+
+def quantized(model: Path, data: Path, out: Path, *more: str) -> Result:
+    return run_here("quantize", model, "--data", data, "--image-size", "32", "--no-gate", *more, "--out", out, "--json")
+
+
+def bundle_of(result: Result) -> Path:
+    return Path(result.json()["targets"][0]["bundle"])
+
+
+# ------------------------------------------------------------------------------------------------------------ devices
+@needs_rtx
+def test_a_target_that_is_not_here_gets_a_really_built_engine_and_no_measured_figure(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = quantized(model, photos, tmp_path / "run", "--device", "rtx4090")
+    assert result.code in (0, 4), result.err  # 4: random weights need not keep their labels in int8
+    [target] = result.json()["targets"]
+    assert (target["backend"], target["measured"], target["budget_met"]) == ("tensorrt_rtx", False, None)
+    bundle = bundle_of(result)
+    assert (bundle / "model.engine").stat().st_size > 50_000
+    graph = onnx.load(bundle / "model.onnx")
+    held = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
+    points = [held[n.input[2]] for n in graph.graph.node if n.op_type == "DequantizeLinear" and len(n.input) > 2]
+    assert points
+    assert all(p.dtype == np.int8 and not p.any() for p in points)
+    assert run_here("verify", bundle).code == 0
+
+
+def test_a_device_that_builds_its_own_engine_gets_the_script_and_the_command_for_it(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = quantized(model, photos, tmp_path / "run", "--device", "jetson-orin-nano")
+    assert result.code in (0, 4), result.err
+    bundle = bundle_of(result)
+    assert result.json()["targets"][0]["measured"] is False
+    assert "no engine is built here" in result.err
+    assert (bundle / "build.py").is_file()
+    facts = json.loads((bundle / "bundle.json").read_text())
+    assert (facts["engine_file"], facts["build"]["compute_capability"]) == ("model.onnx", "8.7")
+    command = next(line for line in (bundle / "PROVENANCE.md").read_text().splitlines() if "--onnx=model.onnx" in line)
+    assert command.split()[0] == "trtexec"
+    assert "--optShapes=images:1x3x32x32" in command
+    assert "--int8" not in command
+
+
+@needs_openvino
+def test_another_runtime_of_this_machine_is_measured_and_stands_in_the_parity_table(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = quantized(model, photos, tmp_path / "run", "-o", "targets.host.backend=openvino")
+    assert result.code in (0, 4), result.err
+    [target] = result.json()["targets"]
+    assert (target["backend"], target["measured"]) == ("openvino", True)
+    assert "ONNX int8 -&gt; openvino" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_options_of_a_builder_are_checked_before_anything_runs(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = quantized(model, photos, tmp_path / "run", "--device", "rtx4090", "-o", "targets.rtx4090.options={turbo: 1}")
+    assert result.code == 2
+    assert "targets.rtx4090.options.turbo" in result.err
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ precisions
+@pytest.mark.parametrize(("method", "precision", "ratio"), [("fp16", "fp16", 0.6), ("weight_only", "int8_weights", 0.35)])
+def test_methods_without_int8_arithmetic(model: Path, photos: Path, tmp_path: Path, method: str, precision: str, ratio: float) -> None:
+    device = ("--device", "rtx4090", "-o", "targets.rtx4090.backend=onnxruntime") if method == "fp16" else ()  # x86 has no fp16
+    result = quantized(model, photos, tmp_path / "run", "--method", method, *device)
+    assert result.code in (0, 4), result.err
+    [target] = result.json()["targets"]
+    assert target["precision"] == precision
+    assert target["size_bytes"] < ratio * model.stat().st_size
+    assert run_here("verify", bundle_of(result)).code == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ one form against another
+@pytest.fixture(scope="module")
+def int8(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edgekd.quantize.ptq import PTQ
+
+    path = tmp_path_factory.mktemp("int8") / "int8.onnx"
+    images = np.random.default_rng(0).standard_normal((32, 3, 32, 32), dtype=np.float32)
+    PTQ(PTQ.Config()).quantize(model, path, iter([images]), "u8s8")
+    return path
+
+
+def test_a_model_agrees_with_itself_and_with_its_quantized_form(model: Path, int8: Path) -> None:
+    for other, cosine in ((model, 1.0), (int8, 0.95)):
+        result = run_here("verify", other, "--against", model, "--json")
+        assert result.code == 0, result.err
+        assert result.json()["rungs"][0]["cosine"] >= cosine - 1e-9
+        assert "seeded noise" in result.json()["source"]
+
+
+@pytest.mark.parametrize("which", ["fp32", "int8"])
+def test_a_damaged_copy_is_found_with_its_node_and_module(model: Path, int8: Path, tmp_path: Path, which: str) -> None:
+    source = model if which == "fp32" else int8
+    proto = onnx.load(source)
+    weight = next(t for t in proto.graph.initializer if t.name.startswith("layer2.0.downsample") and len(t.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(weight)[::-1]), weight.name))
+    onnx.save(proto, tmp_path / "broken.onnx")
+    result = run_here("verify", tmp_path / "broken.onnx", "--against", source)
+    assert result.code == 4
+    assert "breaks first at node" in result.err
+    assert "module 'layer2.0.downsample" in result.err
+
+
+def test_two_different_models_are_refused(model: Path, tmp_path: Path) -> None:
+    from edgekd.export.onnx import export_onnx
+
+    other = tmp_path / "other.onnx"
+    export_onnx(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3)), 16, other)
+    result = run_here("verify", other, "--against", model)
+    assert result.code == 3
+    assert "two forms of one model" in result.err
+    assert run_here("verify", tmp_path / "nothing.onnx", "--against", model).code == 3
+    shutil.copyfile(__file__, tmp_path / "text.onnx")
+    assert run_here("verify", tmp_path / "text.onnx", "--against", model).code == 3

@@ -1,0 +1,121 @@
+"""Quantizers beside ptq (test_export.py): fp16 casts and block-wise weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from edgekd.errors import BackendError
+from edgekd.export.onnx import INPUT, export_onnx
+from edgekd.quantize.fp16 import FP16
+from edgekd.quantize.weight_only import WeightOnly, pack, unpack
+from edgekd.safeio.onnxfile import check_onnx
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 40, 3, 2, 1), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 17, 3), nn.Flatten())
+    net = nn.Sequential(body, nn.LayerNorm(17 * 36), nn.Linear(17 * 36, 5)).eval()
+    path = tmp_path_factory.mktemp("graph") / "m.onnx"
+    export_onnx(net, SIZE, path)
+    return path
+
+
+def run(path: Path, images: np.ndarray, level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, {INPUT: images})[0]
+
+
+IMAGES = np.random.default_rng(0).standard_normal((4, 3, SIZE, SIZE), dtype=np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ weight_only
+@pytest.mark.parametrize("block", [8, 64, 1000])
+@pytest.mark.parametrize("shape", [(5, 7, 3, 3), (640,), (33, 9)])
+def test_a_weight_is_off_by_at_most_half_a_step_of_its_own_block(block: int, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(1).standard_normal(shape, dtype=np.float32) * np.float32(3)
+    codes, scales = pack(values, block)
+    oracle = np.abs(np.pad(values.astype(np.float64).ravel(), (0, -values.size % block)).reshape(-1, block)).max(1) / 127
+    np.testing.assert_allclose(scales[:, 0], oracle, rtol=1e-6)
+    off = np.abs(unpack(codes, scales, shape).astype(np.float64) - values).ravel()
+    assert (off <= np.repeat(oracle, block)[: values.size] / 2 * (1 + 1e-5)).all()
+    assert codes.min() >= -127
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    codes, scales = pack(np.zeros((2, 64), np.float32), 64)
+    assert not unpack(codes, scales, (2, 64)).any()
+    assert np.isfinite(scales).all()
+
+
+@pytest.mark.parametrize("block", [64, 7 * 11])
+def test_the_packed_graph_computes_with_the_unpacked_weights(graph: Path, tmp_path: Path, block: int) -> None:
+    out, oracle = tmp_path / "packed.onnx", tmp_path / "oracle.onnx"
+    done = WeightOnly(WeightOnly.Config(block=block)).quantize(graph, out, iter([]), "u8s8")
+    proto = onnx.load(graph)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1 and np.prod(tensor.dims) >= 512:
+            values = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(unpack(*pack(values, block), values.shape), tensor.name))
+    onnx.save(proto, oracle)
+    check_onnx(out)
+    assert done["tensors"] == 3
+    assert 0 < done["max_relative_error"] <= 0.5 / 127 * (1 + 1e-5)
+    np.testing.assert_allclose(run(out, IMAGES), run(oracle, IMAGES), rtol=1e-4, atol=1e-5)
+    assert not np.array_equal(run(out, IMAGES), run(graph, IMAGES))
+    assert out.stat().st_size < 0.42 * graph.stat().st_size  # a tiny net: the graph itself is a third of the rest
+
+
+def test_the_runtime_folds_the_unpacking_when_it_loads_the_file(graph: Path, tmp_path: Path) -> None:
+    out, folded = tmp_path / "packed.onnx", tmp_path / "folded.onnx"
+    WeightOnly(WeightOnly.Config()).quantize(graph, out, iter([]), "u8s8")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folded)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    ort.InferenceSession(str(out), options, providers=["CPUExecutionProvider"])
+    assert not [n.name for n in onnx.load(folded).graph.node if n.op_type == "Cast"]
+
+
+def test_the_same_graph_gives_the_same_bytes(graph: Path, tmp_path: Path) -> None:
+    for cls in (WeightOnly, FP16):
+        for name in ("a", "b"):
+            cls(cls.Config()).quantize(graph, tmp_path / name, iter([]), "s8s8")
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ fp16
+def test_an_fp16_graph_is_half_the_size_and_decides_alike(graph: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half.onnx"
+    FP16(FP16.Config()).quantize(graph, out, iter([]), "s8s8")
+    proto = check_onnx(out)
+    assert {t.data_type for t in proto.graph.initializer if len(t.dims) > 1} == {onnx.TensorProto.FLOAT16}
+    assert [i.type.tensor_type.elem_type for i in (*proto.graph.input, *proto.graph.output)] == [onnx.TensorProto.FLOAT] * 2
+    assert out.stat().st_size < 0.6 * graph.stat().st_size
+    a, b = run(graph, IMAGES), run(out, IMAGES)
+    np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(a).max())
+    assert not np.array_equal(a, b)
+
+
+def test_what_is_on_the_keep_list_stays_in_fp32(graph: Path, tmp_path: Path) -> None:
+    convolution = next(n for n in onnx.load(graph).graph.node if n.op_type == "Conv")
+    out = tmp_path / "half.onnx"
+    FP16(FP16.Config(keep_nodes=(convolution.name,), keep_ops=("Gemm", "LayerNormalization"))).quantize(graph, out, iter([]), "s8s8")
+    held = {t.name: t.data_type for t in onnx.load(out).graph.initializer}
+    kept = next(n for n in onnx.load(out).graph.node if n.name == convolution.name)
+    assert held[kept.input[1]] == onnx.TensorProto.FLOAT
+
+
+def test_a_node_of_the_keep_list_that_is_not_there_is_named(graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="no node 'conv99'"):
+        FP16(FP16.Config(keep_nodes=("conv99",))).quantize(graph, tmp_path / "m.onnx", iter([]), "s8s8")
