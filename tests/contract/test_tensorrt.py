@@ -33,7 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {  # one of each kind of block, with few o
     "mobilenetv3_small_050": {},
     "convnext_atto": {"depths": (1, 1, 1, 1)},
     "vit_tiny_patch16_224": {"img_size": SIZE, "depth": 2},
-    "mixer_s32_224": {"img_size": SIZE, "num_blocks": 2},
+    "mixer_s32_224": {"img_size": SIZE},
     "swin_tiny_patch4_window7_224": {
         "img_size": SIZE,
         "window_size": 4,
