@@ -302,6 +302,9 @@ def quantize(
     mean: Mean = None,
     std: Std = None,
     method: str = "ptq",
+    search: Annotated[
+        int, typer.Option(min=0, max=200, help="Graphs to measure to find the operators worth quantizing; 0 quantizes all.")
+    ] = 24,
     drop: Drop = 0.01,
     o: Set = None,
     device: Device = None,
@@ -312,7 +315,8 @@ def quantize(
 ) -> int:
     """Quantize your own trained model or ONNX file."""
     own, options = _own(model, data, arch, arg, image_size, mean, std, drop), _options(o, device, out, code, no_gate)
-    return _single("quantize", {"method": method}, own, options, json)
+    searched = {"search": search} if method == "ptq" else {}
+    return _single("quantize", {"method": method} | searched, own, options, json)
 
 
 @app.command()

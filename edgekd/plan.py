@@ -469,21 +469,38 @@ class _Planner:
                 continue
             first = target is self.plan.targets[0]
             name = settings.name if first else f"{settings.name}@{target.name}"
-            step = self._add(
-                name,
-                "quantize",
-                None,
-                {"graph": current, "data": "data"},
-                settings=settings,
-                facts={"flavour": target.device.flavour_for(target.backend)},
-                user=True,
-            )
+            flavour: dict[str, Any] = {"flavour": target.device.flavour_for(target.backend)}
+            inputs: dict[str, Ref] = {"graph": current, "data": "data"}
+            if mix := self._mix(name, settings, target, current, flavour):
+                inputs["mix?"] = mix
+            step = self._add(name, "quantize", None, inputs, settings=settings, facts=flavour, user=True)
             self.plan.graphs[name] = step
             self._measured(name, step)
             gate = self._gate(name, current, step, target=target)
             self.plan.segments.append(Segment(gate, (name,), current, step))
             current = Choice(gate, current, step)
         self.plan.shipped[target.name] = current
+
+    def _mix(self, name: str, settings: Settings, target: Target, graph: Ref, flavour: dict[str, Any]) -> str | None:
+        """The search for the operators that are worth quantizing, where the recipe asks for one and the target can be measured."""
+        evaluations = getattr(settings.config, "search", 0)
+        if not evaluations:
+            return None
+        if not hasattr(registry.load("quantize", str(settings.method)), "candidates"):
+            raise RecipeError([f"{settings.name}.search: {settings.method} has no operators to choose from"], hint="method: ptq")
+        if not target.runs_here:
+            self.plan.notes.append(f"{target.name}: '{settings.name}' quantizes everything, a search needs the device")
+            return None
+        config = self._config("mix", **_place(target), evaluations=evaluations, accuracy_drop_max=self.recipe.accept.accuracy_drop_max)
+        return self._add(
+            f"{name}.mix",
+            "mix",
+            None,
+            {"graph": graph, "data": "data"},
+            settings=Settings(f"{name}.mix", config, settings.method, settings.method_config),
+            facts=flavour | self._task() | _here(),
+            user=True,
+        )
 
     def _baselines(self, model: Ref | None) -> None:
         """The student trained alone for as many epochs as the chain's first learning stage, exported, measured and tested."""

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ class OpenVino:
 
 
 def _compiled(graph: Path, threads: int) -> Any:
-    core = _runtime().Core()
+    core = _core()
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     try:
         return core.compile_model(core.read_model(str(graph)), "CPU", settings)
@@ -105,6 +106,12 @@ def _compiled(graph: Path, threads: int) -> Any:
         raise BackendError(
             f"openvino cannot open the graph: {_first_line(error)}", where=graph.name, hint="backend: onnxruntime"
         ) from error
+
+
+@cache
+def _core() -> Any:
+    """One for the life of the process: of two, the first to go unmaps the signal stack that the second puts back, and the next Ctrl-C crashes."""
+    return _runtime().Core()
 
 
 def _runtime() -> Any:

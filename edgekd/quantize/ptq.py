@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_OPS = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat"]
+_WEIGHTED = ("Conv", "Gemm", "MatMul")
+_OPS = [*_WEIGHTED, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat"]
+_PASSING = ("Relu", "Clip", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")  # as int8 as what they get
 
 
 @register("quantize")
@@ -40,6 +42,7 @@ class PTQ:
         )
         calibration: Literal["minmax", "entropy", "percentile"] = Field("minmax", description="how activation ranges are chosen")
         per_channel: bool = Field(True, description="one weight scale an output channel")
+        keep_nodes: tuple[str, ...] = Field((), description="nodes that stay in fp32, by name; `edgekd verify --against` proposes them")
 
     level = "graph"
     precision = "int8"
@@ -48,11 +51,39 @@ class PTQ:
     def __init__(self, config: Config):
         self.config = config
 
-    def quantize(self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str) -> dict[str, Any]:
-        """Writes the int8 graph; raises BackendError with the quantizer's reason."""
+    @staticmethod
+    def prepare(graph: Path, out: Path) -> None:
+        """The graph as it is quantized: batch norms folded, constants computed, shapes inferred."""
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        with _quiet():
+            quant_pre_process(str(graph), str(out), skip_symbolic_shape=True)
+
+    @staticmethod
+    def candidates(prepared: Path) -> list[tuple[str, float]]:
+        """Names of the operators with weights and their operations for each byte that passes, densest first."""
+        import onnx
+
+        from edgekd.profile.workload import works
+
+        known = {n.name for n in onnx.load_model_from_string(prepared.read_bytes()).graph.node if n.op_type in _WEIGHTED and n.name}
+        found = works(onnx.load_model_from_string(prepared.read_bytes()))
+        dense = [(w.name, w.flops / max(w.activation_bytes, 1.0)) for w in found if w.name in known]
+        return sorted(dense, key=lambda d: (-d[1], d[0]))
+
+    @staticmethod
+    def in_order(prepared: Path, names: list[str]) -> list[str]:
+        """The same names in the order of the graph."""
+        import onnx
+
+        return [n.name for n in onnx.load_model_from_string(prepared.read_bytes()).graph.node if n.name in set(names)]
+
+    def quantize(
+        self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str, *, ranges: Path | None = None
+    ) -> dict[str, Any]:
+        """Writes the int8 graph; raises BackendError with the quantizer's reason. `ranges` keeps what calibration found for the next call."""
         import onnx
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
 
         prepared = out.with_name("prepared.onnx")
         symmetric = flavour == "s8s8"
@@ -67,8 +98,8 @@ class PTQ:
         if self.config.calibration != "minmax":
             samples = _equal(samples)
         try:
+            self.prepare(graph, prepared)
             with _quiet():
-                quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True)  # folds batch norms, infers shapes
                 quantize_static(
                     str(prepared),
                     str(out),
@@ -79,7 +110,9 @@ class PTQ:
                     reduce_range=flavour == "u8s8_reduced",
                     activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
+                    nodes_to_exclude=_left_out(prepared, self.config.keep_nodes),
                     calibrate_method=method,
+                    calibration_cache_path=ranges,
                     extra_options=extra,
                 )
         except Exception as error:  # the quantizer raises many unrelated types
@@ -92,6 +125,30 @@ class PTQ:
         out.write_bytes(proto.SerializeToString(deterministic=True))
         counts = {op: sum(n.op_type == op for n in proto.graph.node) for op in ("QuantizeLinear", "DequantizeLinear")}
         return {"flavour": flavour, "calibration": self.config.calibration, "samples": self.config.samples, **counts}
+
+
+def _left_out(prepared: Path, keep: tuple[str, ...]) -> list[str]:
+    """`keep`, and the operators without weights that get a tensor from an operator in fp32: they would only be rounded for their own sake."""
+    if not keep:
+        return []
+    import onnx
+
+    body = onnx.load_model_from_string(prepared.read_bytes()).graph
+    missing = set(keep) - {n.name for n in body.node}
+    if missing:
+        raise ValueError(f"there is no node '{min(missing)}' to keep")
+    rounded: set[str] = {t.name for t in body.initializer}
+    left = []
+    for node in body.node:
+        inside = all(n in rounded for n in node.input if n)
+        if node.op_type in _OPS:
+            if node.name in keep or (node.op_type not in _WEIGHTED and not inside):
+                left.append(node.name)
+            else:
+                rounded.update(node.output)
+        elif node.op_type in _PASSING and inside:
+            rounded.update(node.output)
+    return left
 
 
 def _equal(samples: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

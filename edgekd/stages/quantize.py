@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
 from edgekd.registry import register
-from edgekd.stages._stage import Settings
+from edgekd.stages._stage import Settings, read_decision
 from edgekd.stages.export import FACTS, GRAPH
 
 if TYPE_CHECKING:
@@ -26,9 +28,11 @@ _BATCH = 32
 @register("stage")
 class Quantize:
     class Config(Base):
-        """Everything is the method's."""
+        search: int = Field(
+            0, ge=0, le=200, description="graphs to build and measure to find the operators that are worth quantizing; 0 quantizes all"
+        )
 
-    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA}
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "mix?": Kind.DECISION}
     gives = Kind.GRAPH
     version = 1
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
@@ -42,6 +46,9 @@ class Quantize:
         from edgekd.stages._common import method_of, open_dataset
 
         quantizer = method_of(settings, "quantize")
+        if "mix" in inputs:
+            keep = (*quantizer.config.keep_nodes, *read_decision(inputs["mix"])["keep"])
+            quantizer = type(quantizer)(quantizer.config.model_copy(update={"keep_nodes": keep}))
         facts = inputs["graph"].json(FACTS)
         dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])
         wanted = getattr(quantizer.config, "samples", 0)  # methods that look at no data have no such setting

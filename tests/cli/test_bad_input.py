@@ -76,7 +76,7 @@ def test_all_problems_of_a_recipe_come_at_once(tmp_path: Path) -> None:
         ("distill.epochs=0", ("greater than or equal to 1",)),
         ("distill.lr=.nan", ("lr",)),
         ("teacher=null", ("no teacher",)),
-        ("targets.host.backend=tensorflow", ("unknown backend", "onnxruntime")),
+        ("targets.host.backend=tensorflow", ("unknown backend", "tensorrt")),
     ],
 )
 def test_an_unknown_name_or_value_is_2_with_a_suggestion(override: str, words: tuple[str, ...]) -> None:

@@ -101,6 +101,32 @@ def test_inputs_that_do_not_fit_and_closed_sessions_are_backend_errors(name: str
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_a_signal_still_reaches_its_handler_after_sessions_are_gone(name: str, graph: Path, tmp_path: Path) -> None:
+    """A runtime that leaves a dead signal stack behind would turn the next Ctrl-C into a crash."""
+    engine = _engine(_usable(name), graph, tmp_path)
+    program = f"""
+import gc, os, signal, sys
+import numpy as np
+from pathlib import Path
+from edgekd.profile.device import load_device
+from edgekd.registry import load
+sessions = [load("backend", {name!r})().open(Path({str(engine)!r}), threads=1, device=load_device("host")) for _ in range(2)]
+while sessions:  # in the order in which they were opened
+    session = sessions.pop(0)
+    session.run({{"x": np.zeros((1, 12), np.float32)}})
+    session.close()
+    del session
+    gc.collect()
+signal.signal(signal.SIGINT, lambda *_: sys.stdout.write("handled"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2], check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "handled"), done.stderr
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_graph_that_cannot_be_built_is_a_backend_error_at_conversion(name: str, tmp_path: Path) -> None:
     backend = _usable(name)
     bad = tmp_path / "bad.onnx"

@@ -116,6 +116,14 @@ def test_methods_without_int8_arithmetic(model: Path, photos: Path, tmp_path: Pa
     assert run_here("verify", bundle_of(result)).code == 0
 
 
+def test_a_search_finds_operators_and_its_decision_can_be_replayed(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = quantized(model, photos, tmp_path / "run", "-o", "quantize.search=3")
+    assert result.code in (0, 4), result.err
+    decision = json.loads((tmp_path / "run" / "decisions.json").read_text())["quantize.mix"]
+    assert decision["quantized"] + len(decision["keep"]) == decision["candidates"] > 5
+    assert 1 <= sum("against" in t for t in decision["trials"]) <= 3
+
+
 # ------------------------------------------------------------------------------------------------------------ one form against another
 @pytest.fixture(scope="module")
 def int8(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
