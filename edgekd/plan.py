@@ -476,7 +476,7 @@ class _Planner:
             step = self._add(name, "quantize", None, inputs, settings=settings, facts=flavour, user=True)
             self.plan.graphs[name] = step
             self._measured(name, step)
-            gate = self._gate(name, current, step, target=target)
+            gate = self._gate(name, current, step, note=mix, target=target)
             self.plan.segments.append(Segment(gate, (name,), current, step))
             current = Choice(gate, current, step)
         self.plan.shipped[target.name] = current

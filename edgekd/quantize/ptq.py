@@ -124,7 +124,14 @@ class PTQ:
         proto = tidied(onnx.load_model_from_string(out.read_bytes()))
         out.write_bytes(proto.SerializeToString(deterministic=True))
         counts = {op: sum(n.op_type == op for n in proto.graph.node) for op in ("QuantizeLinear", "DequantizeLinear")}
-        return {"flavour": flavour, "calibration": self.config.calibration, "samples": self.config.samples, **counts}
+        precision = "int8" if counts["QuantizeLinear"] else "fp32"  # where every operator is kept
+        return {
+            "precision": precision,
+            "flavour": flavour,
+            "calibration": self.config.calibration,
+            "samples": self.config.samples,
+            **counts,
+        }
 
 
 def _left_out(prepared: Path, keep: tuple[str, ...]) -> list[str]:

@@ -82,10 +82,13 @@ class _Search:
             if best:
                 best = self._switched(best)
                 best = self._accurate(best)
-        last = next((t for t in reversed(self.trials) if t["quantized"] == sorted(best)), None)
-        keep = sorted(set(names) - best)
-        reason = f"{len(best)} of {len(names)} operators in int8" + (f": {last['ratio']:.2f}x the latency of fp32" if last else "")
-        return {"keep": keep, "quantized": len(best), "candidates": len(names), "reason": reason, "trials": self.trials}
+        found = {"keep": sorted(set(names) - best), "quantized": len(best), "candidates": len(names), "trials": self.trials}
+        if not best:
+            why = f"no set of the {len(names)} operators is certainly faster in int8, or none keeps the accuracy"
+            return found | {"reason": why, "chosen": "before", "verdict": "rolled back", "why": why}
+        ratio = next((t["ratio"] for t in reversed(self.trials) if t["quantized"] == sorted(best) and t["ratio"] is not None), None)
+        told = f": {ratio:.2f}x the latency of fp32" if ratio is not None else ""
+        return found | {"reason": f"{len(best)} of {len(names)} operators in int8{told}", "chosen": "after"}
 
     def _nested(self, names: Sequence[str]) -> set[str]:
         """The fastest of the nested sets; empty where none is faster than fp32."""

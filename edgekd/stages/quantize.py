@@ -53,11 +53,12 @@ class Quantize:
         dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])
         wanted = getattr(quantizer.config, "samples", 0)  # methods that look at no data have no such setting
         samples = calibration_batches(dataset, facts, wanted, ctx.seed)
-        meta: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour)
+        done: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour)
         (out / FACTS).write_text(
-            json.dumps(facts | {"precision": quantizer.precision, "flavour": flavour}, sort_keys=True), encoding="utf-8"
+            json.dumps(facts | {"precision": done.get("precision", quantizer.precision), "flavour": flavour}, sort_keys=True),
+            encoding="utf-8",
         )
-        return meta
+        return done
 
 
 def calibration_batches(dataset: Dataset, facts: Mapping[str, Any], count: int, seed: int) -> Iterator[NDArray[np.float32]]:

@@ -49,6 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized(model: Path, data: Path, out: Path, *more: str) -> Result:
+    more = more if any(m.startswith("--method") or "search" in m for m in more) else ("--search", "0", *more)
     return run_here("quantize", model, "--data", data, "--image-size", "32", "--no-gate", *more, "--out", out, "--json")
 
 
@@ -117,7 +118,7 @@ def test_methods_without_int8_arithmetic(model: Path, photos: Path, tmp_path: Pa
 
 
 def test_a_search_finds_operators_and_its_decision_can_be_replayed(model: Path, photos: Path, tmp_path: Path) -> None:
-    result = quantized(model, photos, tmp_path / "run", "-o", "quantize.search=3")
+    result = quantized(model, photos, tmp_path / "run", "--search", "3")
     assert result.code in (0, 4), result.err
     decision = json.loads((tmp_path / "run" / "decisions.json").read_text())["quantize.mix"]
     assert decision["quantized"] + len(decision["keep"]) == decision["candidates"] > 5

@@ -60,6 +60,7 @@ def additive(gains: dict[str, float]) -> Callable[[set[str]], float]:
 def test_nothing_is_quantized_where_every_set_is_slower() -> None:
     found = Search(additive(dict.fromkeys(NODES, -0.01)), 30).run()
     assert (found["quantized"], len(found["keep"])) == (0, 20)
+    assert (found["chosen"], found["verdict"]) == ("before", "rolled back")
 
 
 def test_everything_is_quantized_where_everything_gains() -> None:
@@ -130,6 +131,21 @@ def test_known_ranges_give_the_same_graph_without_data(graph: Path, tmp_path: Pa
     quantizer.quantize(graph, tmp_path / "a.onnx", batches(), "u8s8", ranges=tmp_path / "ranges.json")
     quantizer.quantize(graph, tmp_path / "b.onnx", iter([]), "u8s8", ranges=tmp_path / "ranges.json")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_graph_of_which_everything_is_kept_is_not_called_int8(graph: Path, tmp_path: Path) -> None:
+    keep = tuple(n for n, _ in PTQ.candidates(graph))
+    done = PTQ(PTQ.Config(keep_nodes=keep)).quantize(graph, tmp_path / "m.onnx", batches(), "u8s8")
+    assert (done["precision"], done["QuantizeLinear"]) == ("fp32", 0)
+
+
+def test_times_that_cannot_be_known_choose_nothing() -> None:
+    class Slow(Search):
+        def _against(self, chosen: set[str], other: set[str] | None) -> float:
+            self.trials.append({"quantized": sorted(chosen), "against": "it", "ratio": None})
+            return float("inf")
+
+    assert Slow(additive(dict.fromkeys(NODES, 0.1)), 5).run()["chosen"] == "before"
 
 
 def test_a_node_to_keep_that_is_not_there_is_named(graph: Path, tmp_path: Path) -> None:
