@@ -22,7 +22,7 @@ from edgekd.config import Config, key_fields
 from edgekd.data.index import scan
 from edgekd.errors import BackendError, DeviceError, RecipeError
 from edgekd.models.names import user_source
-from edgekd.profile.device import load_device
+from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
 from edgekd.recipe import Loaded, TargetConfig
@@ -291,7 +291,11 @@ class _Planner:
                 "backend": t.backend,
                 "threads": t.config.threads,
                 "runs": t.runs_here,
-                "leaves_out": [s.name for k, s in self.loaded.stages if k == "quantize" and not t.takes(_needs(s))],
+                "leaves_out": [
+                    s.name
+                    for k, s in self.loaded.stages
+                    if k == "quantize" and (t.config.precision == "fp32" or _refuses(t, s) is not None)
+                ],
                 "batch": t.config.batch,
                 "options": t.config.options,
             }
@@ -463,8 +467,7 @@ class _Planner:
         for kind, settings in self.loaded.stages:
             if kind != "quantize" or target.config.precision == "fp32":
                 continue
-            if not target.takes(_needs(settings)):
-                said = f"its {target.backend} does not compute in {_needs(settings)}"
+            if (said := _refuses(target, settings)) is not None:
                 self.plan.notes.append(f"{target.name}: '{settings.name}' is left out, {said}")
                 continue
             first = target is self.plan.targets[0]
@@ -488,8 +491,9 @@ class _Planner:
             return None
         if not hasattr(registry.load("quantize", str(settings.method)), "candidates"):
             raise RecipeError([f"{settings.name}.search: {settings.method} has no operators to choose from"], hint="method: ptq")
-        if not target.runs_here:
-            self.plan.notes.append(f"{target.name}: '{settings.name}' quantizes everything, a search needs the device")
+        why = "a search needs the device" if not target.runs_here else "the budget names the size" if target.config.budget.size_mb else ""
+        if why:
+            self.plan.notes.append(f"{target.name}: '{settings.name}' quantizes everything, {why}")
             return None
         config = self._config("mix", **_place(target), evaluations=evaluations, accuracy_drop_max=self.recipe.accept.accuracy_drop_max)
         return self._add(
@@ -524,7 +528,8 @@ class _Planner:
             runner = target if target.runs_here else judge
             if (missing := _backend(target.backend).builds_for(target.device)) is not None:
                 self.plan.notes.append(f"{target.name}: no engine is built here. {missing}")
-            engine = self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else judge)
+            plain = judge if not _backend(judge.backend).builds else _host(judge)  # never the engine of another device
+            engine = self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else plain)
             run_engine = engine if runner is target else self._compile(f"{target.name}.check", graph, judge)
             test_inputs: dict[str, Ref] = {"engine": run_engine, "data": "data"}
             teacher_test = self._tested("teacher")
@@ -630,6 +635,16 @@ def _needs(settings: Settings) -> str:
     return str(registry.load("quantize", str(settings.method)).needs)
 
 
+def _refuses(target: Target, settings: Settings) -> str | None:
+    """Why a quantizing stage is left out for a target, or None."""
+    needs, method = _needs(settings), registry.load("quantize", str(settings.method))
+    if not target.takes(needs):
+        return f"its {target.backend} does not compute in {needs}"
+    if method.precision == "int8_weights" and _backend(target.backend).builds:
+        return f"{target.backend} does not take packed weights"
+    return None
+
+
 def _compresses(kind: str) -> bool:
     found: bool = registry.load("stage", kind).compresses
     return found
@@ -688,6 +703,8 @@ def _target(name: str, config: TargetConfig) -> Target:
     except ValidationError as error:
         problems = [f"targets.{name}.options.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise RecipeError(problems, hint=f"see them: edgekd methods show {backend}") from error
+    if same_machine(device) and (missing := _backend(backend).available()) is not None:
+        raise BackendError(missing, where=f"targets.{name}", hint="install it, or backend: onnxruntime")
     return Target(name, config, device, backend, _backend(backend).runs_on(device))
 
 
@@ -701,6 +718,8 @@ def _auto_backend(device: DeviceProfile) -> str:
             where=device.id,
             hint=f"predict still works: edgekd predict MODEL.onnx --device {device.id}",
         )
+    if same_machine(device):
+        return next((n for n in known if _backend(n).available() is None), known[0])
     builders = [n for n in known if _backend(n).builds]
     return known[0] if known[0] not in builders else next((n for n in builders if _backend(n).builds_for(device) is None), known[0])
 
@@ -709,7 +728,12 @@ def _judge(first: Target) -> Target:
     """The gate's target, or the host's onnxruntime where that cannot run here."""
     if first.runs_here:
         return first
-    return Target(HOST, TargetConfig(threads=first.config.threads, batch=first.config.batch), load_device(HOST), "onnxruntime", True)
+    return _host(first)
+
+
+def _host(like: Target) -> Target:
+    """This machine's onnxruntime, with another target's threads and batch."""
+    return Target(HOST, TargetConfig(threads=like.config.threads, batch=like.config.batch), load_device(HOST), "onnxruntime", True)
 
 
 def _can_compile(target: Target) -> bool:

@@ -127,6 +127,7 @@ class TensorRT:
             "compute_capability": device.arch.sm,
             "layers": network.num_layers,
             "shapes": shapes,
+            "max_batch": max((sizes[2][0] for sizes in shapes.values()), default=None),
             "options": asked.model_dump(exclude_none=True),
         }
 
@@ -181,7 +182,7 @@ class TrtSession:
                 f"the engine cannot be opened: {said}",
                 where=engine.name,
                 expected=f"an engine of version {trt.__version__} for this GPU",
-                hint="build it again on this machine: edgekd verify BUNDLE --build",
+                hint="build it again on this machine: python3 build.py in the bundle",
             )
         self._context = self._engine.create_execution_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -226,6 +227,7 @@ class TrtSession:
 # ------------------------------------------------------------------------------------------------------------ settings of a build
 def _apply(trt: Any, config: Any, asked: Any) -> None:
     config.builder_optimization_level = asked.optimization
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, it would round fp32 to 10 bits behind the graph's back
     if asked.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, asked.workspace_mib * _MIB)
     if asked.version_compatible:

@@ -5,6 +5,8 @@ The same code as tensorrt.py, but the target is a compute capability that is nam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgekd.backends.tensorrt import TensorRT
@@ -28,6 +30,16 @@ class TensorRTForRTX(TensorRT):
         if (missing := self.available()) is not None:
             return missing
         return None if device.arch.sm else f"the profile of {device.id} names no compute capability (arch.sm)"
+
+    def _asked(self, options: Mapping[str, Any], graph: Path) -> Any:
+        asked = super()._asked(options, graph)
+        if asked.version_compatible:
+            raise BackendError(
+                "TensorRT for RTX has no version-compatible engines",
+                where=graph.name,
+                hint="leave version_compatible out: it is for tensorrt",
+            )
+        return asked
 
     def _target(self, trt: Any, config: Any, device: DeviceProfile) -> None:
         wanted, known = f"SM{(device.arch.sm or '').replace('.', '')}", trt.ComputeCapability.__members__

@@ -36,6 +36,8 @@ def compare(rung: str, limits: str, reference: Floats, found: Floats, labels: In
         "agreement": task.agreement(reference, found),
         "metric_delta": float(task.scores(found, labels).mean() - task.scores(reference, labels).mean()),
     }
-    bad = [name for name, limit in LIMITS[limits].items() if (row[name] > limit if name == "max_relative" else row[name] < limit)]
+    bad = [name for name, limit in LIMITS[limits].items() if not (row[name] <= limit if name == "max_relative" else row[name] >= limit)]
+    if not np.isfinite(b).all():
+        bad, row = ["finite"], {name: value if np.isfinite(value) else 0.0 for name, value in row.items()} | {"finite": False}
     words = ", ".join(f"{name} {'<=' if name == 'max_relative' else '>='} {limit:g}" for name, limit in LIMITS[limits].items())
     return {"rung": rung, **row, "threshold": words, "ok": not bad, "failed": bad}

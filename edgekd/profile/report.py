@@ -30,6 +30,12 @@ def profile_model(
     runtime = registry.load("backend", _backend_of(profile, backend))()
     _reachable(profile, runtime, via)
     feeds = inputs_of(check_onnx(file), batch, file)
+    if runtime.builds:
+        raise BackendError(
+            f"{runtime.name} runs engines, and this is a graph", where=file.name, hint="measure it in a recipe: edgekd compress"
+        )
+    if layers and not hasattr(runtime, "layers"):
+        raise BackendError(f"{runtime.name} gives no time per operator", where="--layers", hint="--backend onnxruntime")
     session = runtime.open(file, threads=threads, device=profile)
     samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
     session.close()

@@ -70,6 +70,8 @@ class FP16:
             )
             _without_twins(proto)
             OnnxModel(proto).topological_sort(is_deterministic=True)  # the converter appends its casts at the end
+        except (OSError, MemoryError):  # the machine's, not the graph's
+            raise
         except Exception as error:  # the converter raises many unrelated types
             raise BackendError(f"the graph cannot be cast to fp16: {error}", where=graph.name, hint="leave the stage out") from error
         out.write_bytes(tidied(proto).SerializeToString(deterministic=True))

@@ -53,11 +53,22 @@ class PTQ:
 
     @staticmethod
     def prepare(graph: Path, out: Path) -> None:
-        """The graph as it is quantized: batch norms folded, constants computed, shapes inferred."""
+        """The graph as it is quantized: batch norms folded, constants computed, shapes inferred, every node with a name."""
+        import onnx
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         with _quiet():
             quant_pre_process(str(graph), str(out), skip_symbolic_shape=True)
+        proto = onnx.load_model_from_string(out.read_bytes())
+        taken = {n.name for n in proto.graph.node}
+        for number, node in enumerate(proto.graph.node):
+            if not node.name:
+                node.name = next(
+                    f"{node.op_type}_{number}{mark}"
+                    for mark in ("", *(f"_{i}" for i in range(99)))
+                    if f"{node.op_type}_{number}{mark}" not in taken
+                )
+        out.write_bytes(proto.SerializeToString(deterministic=True))
 
     @staticmethod
     def candidates(prepared: Path) -> list[tuple[str, float]]:
@@ -115,6 +126,8 @@ class PTQ:
                     calibration_cache_path=ranges,
                     extra_options=extra,
                 )
+        except (OSError, MemoryError):  # the machine's, not the graph's
+            raise
         except Exception as error:  # the quantizer raises many unrelated types
             raise BackendError(
                 f"the graph cannot be quantized: {error}", where=graph.name, hint="leave the quantize stage out, or precision: fp32"

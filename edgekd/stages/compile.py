@@ -54,6 +54,7 @@ class Compile:
             "backend": config.backend,
             "threads": config.threads,
             "model_file": meta["model_file"],
+            "max_batch": meta.get("max_batch"),
         }
         (out / ENGINE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         return meta | {"size_bytes": (out / meta["model_file"]).stat().st_size}

@@ -94,7 +94,7 @@ def run_engine(
     from edgekd.data.normalise import normalised
 
     fixed, parts = facts["fixed_batch"], []
-    size = fixed or _BATCH
+    size = fixed or min(_BATCH, facts.get("max_batch") or _BATCH)  # an engine may be built for fewer images at once
     with ctx.console.bar(name, len(positions)) as bar:
         for start in range(0, len(positions), size):
             chosen = positions[start : start + size]

@@ -8,6 +8,7 @@ rounded tensors turn away most go back to fp32.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind
+from edgekd.errors import BackendError, OnnxRefused
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, write_decision
 from edgekd.stages.compile import RunConfig
@@ -56,6 +58,8 @@ class Mix:
 class _Search:
     """Builds and measures graphs that differ in which nodes are quantized."""
 
+    unknown = ""
+
     def __init__(self, settings: Settings, config: Any, inputs: Mapping[str, Artifact], folder: Path, ctx: Context):
         from edgekd.profile.device import load_device
         from edgekd.stages._common import drawn, open_dataset, task_of
@@ -69,16 +73,23 @@ class _Search:
         self.method_config: Any = settings.method_config
         self.graph = folder / "base.onnx"
         self.method.prepare(inputs["graph"].path / GRAPH, self.graph)
-        self.order = self.method.candidates(self.graph)  # densest first
+        try:
+            self.order = self.method.candidates(self.graph)  # densest first
+        except OnnxRefused as problem:  # a shape that stays unknown: nothing can be ordered or fed
+            self.order, self.unknown = [], problem.what
         self.trials: list[dict[str, Any]] = []
         self.base = self._open(self.graph)
 
     def run(self) -> dict[str, Any]:
         """The decision: nodes that stay, what was tried, and the measured ratio of the best graph to fp32."""
         names = [name for name, _ in self.order]
+        if not names:
+            return self._everything(self.unknown or "the graph has no operators with weights")
         with self.ctx.console.bar("search", self.config.evaluations) as bar:
             self.bar = bar
             best = self._nested(names)
+            if all(t["ratio"] is None for t in self.trials):
+                return self._everything("no graph could be built or measured in the time of a trial")
             if best:
                 best = self._switched(best)
                 best = self._accurate(best)
@@ -89,6 +100,12 @@ class _Search:
         ratio = next((t["ratio"] for t in reversed(self.trials) if t["quantized"] == sorted(best) and t["ratio"] is not None), None)
         told = f": {ratio:.2f}x the latency of fp32" if ratio is not None else ""
         return found | {"reason": f"{len(best)} of {len(names)} operators in int8{told}", "chosen": "after"}
+
+    def _everything(self, why: str) -> dict[str, Any]:
+        """The decision where nothing could be searched: as without a search."""
+        self.ctx.console.warn(f"no search for operators, everything is quantized: {why}")
+        facts = {"keep": [], "quantized": len(self.order), "candidates": len(self.order), "trials": self.trials}
+        return facts | {"reason": f"everything is quantized: {why}", "chosen": "after"}
 
     def _nested(self, names: Sequence[str]) -> set[str]:
         """The fastest of the nested sets; empty where none is faster than fp32."""
@@ -136,9 +153,13 @@ class _Search:
         from edgekd.profile import measure as m
 
         self.ctx.stop.check()
-        sessions = {"new": self._open(self._built(chosen)), "old": self.base if other is None else self._open(self._built(other))}
-        samples = m.measure(sessions, dict.fromkeys(sessions, self._feeds()), budget_s=_BUDGET_SECONDS)
-        found = m.ratio(samples["new"], samples["old"])
+        found: dict[str, Any] = {"ratio": None}
+        try:
+            sessions = {"new": self._open(self._built(chosen)), "old": self.base if other is None else self._open(self._built(other))}
+            samples = m.measure(sessions, dict.fromkeys(sessions, self._feeds()), budget_s=_BUDGET_SECONDS)
+            found = m.ratio(samples["new"], samples["old"])
+        except BackendError as problem:  # one set that a runtime refuses is no reason to end the search
+            self.ctx.console.say(f"  {len(chosen)} operators: {problem}")
         ratio, high = (float("inf"), float("inf")) if found["ratio"] is None else (found["ratio"], found["ci95"][1])
         against = "fp32" if other is None else f"{len(other)} operators"
         self.trials.append({"quantized": sorted(chosen), "against": against, "ratio": ratio if ratio < float("inf") else None})
@@ -170,7 +191,9 @@ class _Search:
         engine = self.folder / f"{graph.stem}.engine"
         engine.mkdir(exist_ok=True)
         meta = self.backend.convert(graph, self.device, engine, self.config.options, batch=self.config.batch)
-        return self.backend.open(engine / meta["model_file"], threads=self.config.threads, device=self.device)
+        session = self.backend.open(engine / meta["model_file"], threads=self.config.threads, device=self.device)
+        shutil.rmtree(engine)  # it is loaded; two dozen copies of a large model would fill a disk
+        return session
 
     def _feeds(self) -> dict[str, Any]:
         import numpy as np
@@ -182,7 +205,8 @@ class _Search:
     def _scores(self, graph: Path) -> Any:
         from edgekd.stages.evaluate import run_engine
 
-        outputs = run_engine(self._open(graph), self.facts, self.dataset, self.positions, self.ctx, "val")
+        facts = self.facts | {"max_batch": 1 if self.backend.builds else None}  # an engine of the search is built for its own batch
+        outputs = run_engine(self._open(graph), facts, self.dataset, self.positions, self.ctx, "val")
         return self.task.scores(outputs, self.dataset.labels[self.positions])
 
     def _worst(self, best: set[str]) -> set[str]:

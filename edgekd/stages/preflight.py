@@ -158,18 +158,17 @@ def _build_all(config: Any, model: nn.Module, spec: ModelSpec) -> list[str]:
         with _named("export"):
             fixed = None if export_onnx(model, spec.image_size, graph)["dynamic_batch"] else 1
         built.append("ONNX fp32")
-        feeds = {INPUT: images[: fixed or _BATCH]}
         for place in config.places:
             with _named(f"compile for {place.device}"):
                 backend, device = registry.load("backend", place.backend)(), load_device(place.device)
                 probes = [p for p in config.probes if p.stage == "quantize" and p.name not in place.leaves_out]
                 quantized = _quantized(probes, graph, Path(folder), images, device.flavour_for(place.backend), fixed)
                 for name, file in [("fp32", graph), *quantized]:
-                    target = Path(folder) / f"{place.device}-{name}"
-                    target.mkdir()
+                    target = Path(tempfile.mkdtemp(dir=folder))
                     meta = backend.convert(file, device, target, place.options, batch=place.batch)
                     if place.runs:
-                        backend.open(target / meta["model_file"], threads=place.threads, device=device).run(feeds)
+                        few = {INPUT: images[: fixed or min(_BATCH, meta.get("max_batch") or _BATCH)]}
+                        backend.open(target / meta["model_file"], threads=place.threads, device=device).run(few)
                     built.append(f"{place.backend} {name} for {place.device}")
     return built
 

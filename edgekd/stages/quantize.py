@@ -55,10 +55,18 @@ class Quantize:
         samples = calibration_batches(dataset, facts, wanted, ctx.seed)
         done: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour)
         (out / FACTS).write_text(
-            json.dumps(facts | {"precision": done.get("precision", quantizer.precision), "flavour": flavour}, sort_keys=True),
+            json.dumps(
+                facts | {"precision": coarser(facts["precision"], done.get("precision", quantizer.precision)), "flavour": flavour},
+                sort_keys=True,
+            ),
             encoding="utf-8",
         )
         return done
+
+
+def coarser(a: str, b: str) -> str:
+    """Of two precisions the one that rounds more: what limits and tolerances go by."""
+    return min(a, b, key=("int8", "int8_weights", "fp16", "fp32").index)
 
 
 def calibration_batches(dataset: Dataset, facts: Mapping[str, Any], count: int, seed: int) -> Iterator[NDArray[np.float32]]:

@@ -175,7 +175,7 @@ class _Candidates:
     def _open(self, graph: Path) -> Any:
         engine = self.folder / f"{graph.stem}.engine"
         engine.mkdir(exist_ok=True)
-        meta = self.backend.convert(graph, self.device, engine, {})
+        meta = self.backend.convert(graph, self.device, engine, self.judge.options, batch=self.batch)
         return self.backend.open(engine / meta["model_file"], threads=self.judge.threads, device=self.device)
 
     def _feeds(self) -> dict[str, Any]:

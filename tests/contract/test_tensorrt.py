@@ -209,7 +209,7 @@ def test_build_py_refuses_a_changed_file(bundle: Path) -> None:
     (bundle / "model.onnx").write_bytes(data)
     done = run_script(bundle)
     assert done.returncode == 1
-    assert "'model.onnx' was changed" in done.stderr
+    assert "'model.onnx' is missing or was changed" in done.stderr
     assert not (bundle / "model.engine").exists()
 
 

@@ -139,13 +139,26 @@ def test_a_graph_of_which_everything_is_kept_is_not_called_int8(graph: Path, tmp
     assert (done["precision"], done["QuantizeLinear"]) == ("fp32", 0)
 
 
-def test_times_that_cannot_be_known_choose_nothing() -> None:
+def test_without_known_times_everything_is_quantized_and_that_is_said() -> None:
     class Slow(Search):
         def _against(self, chosen: set[str], other: set[str] | None) -> float:
             self.trials.append({"quantized": sorted(chosen), "against": "it", "ratio": None})
             return float("inf")
 
-    assert Slow(additive(dict.fromkeys(NODES, 0.1)), 5).run()["chosen"] == "before"
+    search = Slow(additive(dict.fromkeys(NODES, 0.1)), 5)
+    found = search.run()
+    assert (found["keep"], found["chosen"]) == ([], "after")
+    assert "everything is quantized" in search.ctx.console.warnings[0]
+
+
+def test_nodes_without_a_name_are_candidates_too(graph: Path, tmp_path: Path) -> None:
+    proto = onnx.load(graph)
+    for node in proto.graph.node:
+        node.name = ""
+    onnx.save(proto, tmp_path / "bare.onnx")
+    PTQ.prepare(tmp_path / "bare.onnx", tmp_path / "named.onnx")
+    found = [n for n, _ in PTQ.candidates(tmp_path / "named.onnx")]
+    assert len(found) == len(set(found)) == len(PTQ.candidates(graph))
 
 
 def test_a_node_to_keep_that_is_not_there_is_named(graph: Path, tmp_path: Path) -> None:
@@ -163,6 +176,13 @@ def test_a_search_is_planned_for_targets_that_can_be_measured_only(tmp_path: Pat
     assert [s.name for s in plan.steps if s.stage == "mix"] == ["quantize.mix"]
     assert plan.step("quantize").inputs["mix?"] == "quantize.mix"
     assert any("a search needs the device" in note for note in plan.notes)
+
+
+def test_no_search_by_latency_where_the_budget_names_the_size(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("METHOD", "search: 6").replace("host: {}", "host: {budget: {size_mb: 4}}"))
+    plan = build_plan(load(str(tmp_path / "r.yaml")))
+    assert not [s.name for s in plan.steps if s.stage == "mix"]
+    assert "host: 'quantize' quantizes everything, the budget names the size" in plan.notes
 
 
 def test_a_method_without_operators_to_choose_from_cannot_search(tmp_path: Path) -> None:

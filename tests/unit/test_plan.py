@@ -174,6 +174,36 @@ def test_a_target_whose_runtime_has_no_int8_is_left_out_of_quantizing_and_that_i
     assert places == {"host": (True, ()), "jetson-orin-nano": (False, ("quantize",))}
 
 
+def test_preflight_leaves_out_what_a_target_will_not_get() -> None:
+    plan = planned("quickstart", "targets={host: {precision: fp32}}")
+    assert [p.leaves_out for p in plan.step("preflight").settings.config.places] == [("quantize",)]  # type: ignore[attr-defined]
+
+
+def test_packed_weights_are_left_out_for_runtimes_that_build_engines() -> None:
+    plan = planned("quickstart", "targets={jetson-orin-nano: {backend: tensorrt}}", "quantize.method=weight_only")
+    assert not [s.name for s in plan.steps if s.stage == "quantize"]
+    assert any("tensorrt does not take packed weights" in note for note in plan.notes)
+
+
+def test_a_runtime_of_this_machine_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.backends.openvino import OpenVino
+
+    monkeypatch.setattr(OpenVino, "available", lambda self: "openvino is not installed: pip install it")
+    with pytest.raises(BackendError, match="not installed"):
+        planned("quickstart", "targets={host: {backend: openvino}}")
+
+
+def test_a_target_without_a_builder_here_never_gets_the_engine_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.backends.tensorrt import TensorRT
+
+    monkeypatch.setattr(TensorRT, "available", lambda self: None)
+    monkeypatch.setattr(TensorRT, "runs_on", lambda self, device: device.id == "nvidia-h200")
+    monkeypatch.setattr(TensorRT, "builds_for", lambda self, device: None if device.id == "nvidia-h200" else "not here")
+    plan = planned("quickstart", "targets={nvidia-h200: {}, jetson-orin-nano: {}}")
+    config = plan.step("jetson-orin-nano.compile").settings.config
+    assert (config.device, config.backend) == ("host", "onnxruntime")  # type: ignore[attr-defined]
+
+
 def test_widths_are_multiples_of_what_the_first_target_prefers_wherever_it_is_judged() -> None:
     def quantum(*overrides: str) -> int:
         step = planned("quickstart", *overrides).step("prune.widths")

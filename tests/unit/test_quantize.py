@@ -14,9 +14,12 @@ from torch import nn
 
 from edgekd.errors import BackendError
 from edgekd.export.onnx import INPUT, export_onnx
+from edgekd.export.parity import LIMITS, compare
 from edgekd.quantize.fp16 import FP16
 from edgekd.quantize.weight_only import WeightOnly, pack, unpack
 from edgekd.safeio.onnxfile import check_onnx
+from edgekd.stages.quantize import coarser
+from edgekd.tasks.classification import Classification
 
 SIZE = 16
 
@@ -119,3 +122,21 @@ def test_what_is_on_the_keep_list_stays_in_fp32(graph: Path, tmp_path: Path) -> 
 def test_a_node_of_the_keep_list_that_is_not_there_is_named(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no node 'conv99'"):
         FP16(FP16.Config(keep_nodes=("conv99",))).quantize(graph, tmp_path / "m.onnx", iter([]), "s8s8")
+
+
+# ------------------------------------------------------------------------------------------------------------ parity
+@pytest.mark.parametrize("limits", list(LIMITS))
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_never_pass(limits: str, bad: float) -> None:
+    reference = np.random.default_rng(0).standard_normal((256, 5)).astype(np.float32)
+    found = reference.copy()
+    assert compare("rung", limits, reference, found, reference.argmax(1), Classification())["ok"]
+    found[7, 2] = bad
+    row = compare("rung", limits, reference, found, reference.argmax(1), Classification())
+    assert (row["ok"], row["failed"]) == (False, ["finite"])
+    assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))  # run.json holds no NaN
+
+
+def test_the_coarser_of_two_precisions_sets_the_limits() -> None:
+    assert coarser("int8", "fp16") == coarser("int8_weights", "int8") == "int8"
+    assert coarser("fp32", "fp16") == "fp16"
