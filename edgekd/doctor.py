@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from edgekd import registry
 from edgekd.errors import ResourceError
 from edgekd.profile.host import Machine, detect
 from edgekd.safeio.locks import check_locks_work
@@ -57,6 +58,7 @@ def examine(store: Path | None = None) -> list[Check]:
         *_libraries(),
         _runtime_wheels(),
         _providers(machine),
+        *_optional_backends(),
         _gpu(machine),
         _cores(machine),
         _vectors(machine),
@@ -124,6 +126,15 @@ def _providers(machine: Machine) -> Check:
     missing = [name for name in wanted.split(", ") if name not in listed]
     hint = f"install onnxruntime-gpu: this build lacks {missing[0]}" if missing else ""
     return Check("providers", "warn" if missing else "ok", ", ".join(listed), wanted, hint)
+
+
+def _optional_backends() -> Iterator[Check]:
+    """Runtimes that a target may name, each with how to get it; none of them is needed."""
+    for name in registry.names("backend"):
+        backend = registry.load("backend", name)()
+        if name not in _RUNTIME_WHEELS:
+            missing = backend.available()
+            yield Check(f"backend {name}", "ok", backend.version() if missing is None else "not installed", "none is needed", missing or "")
 
 
 def _gpu(machine: Machine) -> Check:
