@@ -48,6 +48,9 @@ TEMPLATE = Path(sys.modules["edgekd"].__file__ or "").parent / "templates" / "bu
 pytestmark = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
 
 
+IN_EVERY_PRECISION = ("resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224")  # of the others int8 and fp16 are in the long tier
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
@@ -74,8 +77,24 @@ def build(graph: Path, out: Path, **options: Any) -> dict[str, Any]:
     return TensorRTForRTX().convert(graph, RTX, out, options)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "fp16"])
-def test_every_family_builds_into_an_engine(exported: Path, precision: str, tmp_path: Path) -> None:
+def test_every_family_builds_into_an_engine(exported: Path, tmp_path: Path) -> None:
+    built(exported, "fp32", tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+@pytest.mark.parametrize("exported", IN_EVERY_PRECISION, indirect=True)
+def test_rounded_graphs_build_into_engines(exported: Path, precision: str, tmp_path: Path) -> None:
+    built(exported, precision, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+@pytest.mark.parametrize("exported", sorted(set(FAMILIES) - set(IN_EVERY_PRECISION)), indirect=True)
+def test_rounded_graphs_of_the_other_families_build_into_engines(exported: Path, precision: str, tmp_path: Path) -> None:
+    built(exported, precision, tmp_path)
+
+
+def built(exported: Path, precision: str, tmp_path: Path) -> None:
     graph = tmp_path / "graph.onnx"
     if precision == "int8":
         PTQ(PTQ.Config()).quantize(exported, graph, batches(SIZE), RTX.flavour_for("tensorrt_rtx"))
