@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.bundle import FACTS, SAMPLES, read_facts, verify_files
-from edgekd.errors import FileMissing, OnnxRefused, ParityBroken
+from edgekd.errors import OnnxRefused, ParityBroken
 
 _RANDOM_SAMPLES = 8
 _KEEP = 5  # nodes that are proposed for a higher precision
@@ -56,10 +56,7 @@ def _check_samples(folder: Path, facts: dict[str, Any]) -> str:
 def _run(file: Path, facts: dict[str, Any], images: Any) -> Any:
     import numpy as np
 
-    from edgekd import registry
-    from edgekd.profile.device import load_device
-
-    session = registry.load("backend", "onnxruntime")().open(file, threads=1, device=load_device("host"))
+    session = _opened(file)
     size = facts["fixed_batch"] or len(images)
     parts = [images[i : i + size] for i in range(0, len(images), size)]
     # A graph with a fixed batch has its last part filled up by repetition.
@@ -73,11 +70,12 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     Inputs are the sample images of a bundle that one of them lies in, else seeded noise, which the answer says.
     """
     from edgekd.export.bisect import compare_tensors, first_break, steepest
-    from edgekd.export.parity import LIMITS, compare
+    from edgekd.export.parity import LIMITS, coarser, compare
+    from edgekd.profile.report import model_file_of
     from edgekd.safeio.onnxfile import check_onnx, fed_inputs
     from edgekd.tasks.classification import Classification
 
-    files = [_model_file(reference), _model_file(model)]
+    files = [model_file_of(reference), model_file_of(model)]
     protos = [check_onnx(f) for f in files]
     inputs = [fed_inputs(p) for p in protos]
     if [len(i) for i in inputs] != [1, 1] or _shape(inputs[0][0]) != _shape(inputs[1][0]):
@@ -87,8 +85,8 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     feeds = [{i[0].name: images} for i in inputs]
     precisions = [_precision(p) for p in protos]
     twins = [n.op_type for n in protos[0].graph.node] == [n.op_type for n in protos[1].graph.node]
-    coarsest = "fp32" if twins else min(precisions, key=["int8", "int8_weights", "fp16", "fp32"].index)  # the same operations round alike
-    outputs = [_run_file(f, feed) for f, feed in zip(files, feeds, strict=True)]
+    coarsest = "fp32" if twins else coarser(*precisions)  # the same operations round alike
+    outputs = [_opened(f).run(feed)[0] for f, feed in zip(files, feeds, strict=True)]
     if outputs[0].shape != outputs[1].shape:
         raise OnnxRefused(f"outputs {outputs[1].shape} and {outputs[0].shape}", where=str(model), expected="two forms of one model")
     answers = outputs[0].reshape(len(outputs[0]), -1)
@@ -109,14 +107,6 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
         expected=f"the outputs of {reference}",
         hint=f"keep in higher precision: {', '.join(found['keep']) or 'no node found'}",
     )
-
-
-def _model_file(path: Path) -> Path:
-    if path.is_dir():
-        return path / str(read_facts(path, verify_files(path))["model_file"])
-    if not path.is_file():
-        raise FileMissing("no such file", where=str(path), expected="an ONNX file or a bundle")
-    return path
 
 
 def _shape(value: Any) -> tuple[int | None, ...]:
@@ -152,9 +142,9 @@ def _precision(proto: Any) -> str:
     return "fp16" if any(t.data_type == t.FLOAT16 for t in proto.graph.initializer) else "fp32"
 
 
-def _run_file(file: Path, feeds: dict[str, Any]) -> Any:
+def _opened(file: Path) -> Any:
+    """A session of this machine's onnxruntime."""
     from edgekd import registry
     from edgekd.profile.device import load_device
 
-    session = registry.load("backend", "onnxruntime")().open(file, threads=1, device=load_device("host"))
-    return session.run(feeds)[0]
+    return registry.load("backend", "onnxruntime")().open(file, threads=1, device=load_device("host"))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from edgekd.errors import BackendError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +41,10 @@ class Backend(Protocol):
     name: str
     suffix: str  # of the engine's model file
     builds: bool  # True: an engine is another thing than its graph, and takes a builder that may be missing here
-    Options: type[Config]  # what a target may set
+
+    @property
+    def Options(self) -> type[Config]:  # noqa: N802, the nested class of a backend
+        """What a target may set."""
 
     def available(self) -> str | None:
         """None if usable here, else the reason and what to install."""
@@ -60,3 +66,23 @@ class Backend(Protocol):
 
     def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> Session:
         """An engine file ready to run, on the execution provider that the device asks for and no other."""
+
+
+def version_of(*wheels: str) -> str:
+    """The installed version of the first of these wheels, or `none`; nothing of it is imported."""
+    for wheel in wheels:
+        try:
+            return metadata.version(wheel)
+        except metadata.PackageNotFoundError:
+            continue
+    return "none"
+
+
+def asked(backend: Backend, options: Mapping[str, Any], graph: Path) -> Any:
+    """The backend's Options; raises BackendError for one that it does not have."""
+    if unknown := set(options) - set(backend.Options.model_fields):
+        known = ", ".join(backend.Options.model_fields)
+        raise BackendError(
+            f"{backend.name} has no option '{min(unknown)}'", where=graph.name, expected=f"one of {known}" if known else "no options"
+        )
+    return backend.Options(**options)

@@ -13,10 +13,10 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.backends import asked, version_of
 from edgekd.config import Config
 from edgekd.errors import BackendError
 from edgekd.profile.device import same_machine
@@ -86,20 +86,14 @@ class OnnxRuntime:
         return self.available() is None and same_machine(device)
 
     def version(self) -> str:
-        for wheel in _WHEELS:
-            try:
-                return metadata.version(wheel)
-            except metadata.PackageNotFoundError:
-                continue
-        return "none"
+        return version_of(*_WHEELS)
 
     def prepare(self) -> None:
         _runtime()
 
     def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
         """Opens the graph once on this machine's CPU, whatever the device, and copies it. `options` must be empty."""
-        if options:
-            raise BackendError(f"onnxruntime has no option '{min(options)}'", where=graph.name, expected="no options")
+        asked(self, options, graph)
         _open(graph, threads=1, provider=_CPU).close()
         shutil.copyfile(graph, out / "model.onnx")
         return {"model_file": "model.onnx", "runtime": self.name, "version": self.version(), "provider": _provider(device)}

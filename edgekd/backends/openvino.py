@@ -12,10 +12,10 @@ import importlib.util
 import shutil
 from collections.abc import Mapping
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.backends import asked, version_of
 from edgekd.config import Config
 from edgekd.errors import BackendError
 from edgekd.profile.device import same_machine
@@ -77,18 +77,14 @@ class OpenVino:
         return self.available() is None and device.is_cpu and same_machine(device)
 
     def version(self) -> str:
-        try:
-            return metadata.version(self.name)
-        except metadata.PackageNotFoundError:
-            return "none"
+        return version_of(self.name)
 
     def prepare(self) -> None:
         _runtime()
 
     def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
         """Compiles the graph once on this machine's CPU, and copies it. `options` must be empty."""
-        if options:
-            raise BackendError(f"openvino has no option '{min(options)}'", where=graph.name, expected="no options")
+        asked(self, options, graph)
         _compiled(graph, 1)
         shutil.copyfile(graph, out / "model.onnx")
         return {"model_file": "model.onnx", "runtime": self.name, "version": self.version()}

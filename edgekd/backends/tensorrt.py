@@ -13,12 +13,12 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from edgekd.backends import asked, version_of
 from edgekd.config import Config
 from edgekd.errors import BackendError
 from edgekd.profile.device import same_machine
@@ -71,12 +71,7 @@ class TensorRT:
         return self.available() is None and device.arch.gpu is not None and same_machine(device)
 
     def version(self) -> str:
-        for wheel in self.wheels:
-            try:
-                return metadata.version(wheel)
-            except metadata.PackageNotFoundError:
-                continue
-        return "none"
+        return version_of(*self.wheels)
 
     def prepare(self) -> None:
         self.runtime()
@@ -93,7 +88,7 @@ class TensorRT:
     # ------------------------------------------------------------------------------------------------ building
     def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
         """Builds `model.engine` for `batch` images, and up to `max_batch` where the graph allows; raises BackendError that names the node."""
-        asked, trt = self._asked(options, graph), self.runtime()
+        chosen, trt = self._asked(options, graph), self.runtime()
         log = _log_of(trt)
         try:
             builder = trt.Builder(log)
@@ -105,8 +100,8 @@ class TensorRT:
             raise self._refused([parser.get_error(i) for i in range(parser.num_errors)], graph, device)
         config = builder.create_builder_config()
         self._target(trt, config, device)
-        _apply(trt, config, asked)
-        shapes = _add_profile(builder, config, network, batch, max(batch, asked.max_batch), graph)
+        _apply(trt, config, chosen)
+        shapes = _add_profile(builder, config, network, batch, max(batch, chosen.max_batch), graph)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names of layers, for the engine inspector
         monitor = _monitor_of(trt)
         config.progress_monitor = monitor
@@ -128,15 +123,12 @@ class TensorRT:
             "layers": network.num_layers,
             "shapes": shapes,
             "max_batch": max((sizes[2][0] for sizes in shapes.values()), default=None),
-            "options": asked.model_dump(exclude_none=True),
+            "options": chosen.model_dump(exclude_none=True),
         }
 
     def _asked(self, options: Mapping[str, Any], graph: Path) -> Any:
-        unknown = set(options) - set(self.Options.model_fields)
-        if unknown:
-            expected = ", ".join(self.Options.model_fields)
-            raise BackendError(f"{self.name} has no option '{min(unknown)}'", where=graph.name, expected=f"one of {expected}")
-        return self.Options(**options)
+        """The options; RTX has fewer."""
+        return asked(self, options, graph)
 
     def _target(self, trt: Any, config: Any, device: DeviceProfile) -> None:
         """TensorRT builds for the GPU at hand: nothing to set."""
@@ -225,17 +217,17 @@ class TrtSession:
 
 
 # ------------------------------------------------------------------------------------------------------------ settings of a build
-def _apply(trt: Any, config: Any, asked: Any) -> None:
-    config.builder_optimization_level = asked.optimization
+def _apply(trt: Any, config: Any, chosen: Any) -> None:
+    config.builder_optimization_level = chosen.optimization
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default, it would round fp32 to 10 bits behind the graph's back
-    if asked.workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, asked.workspace_mib * _MIB)
-    if asked.version_compatible:
+    if chosen.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, chosen.workspace_mib * _MIB)
+    if chosen.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if asked.hardware_compatible:
+    if chosen.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if asked.dla is not None:
-        config.default_device_type, config.DLA_core = trt.DeviceType.DLA, asked.dla
+    if chosen.dla is not None:
+        config.default_device_type, config.DLA_core = trt.DeviceType.DLA, chosen.dla
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
 
 

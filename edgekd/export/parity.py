@@ -21,6 +21,11 @@ LIMITS: dict[str, dict[str, float]] = {
 }
 
 
+def coarser(a: str, b: str) -> str:
+    """Of two precisions the one that rounds more: what limits and tolerances go by."""
+    return min(a, b, key=("int8", "int8_weights", "fp16", "fp32").index)
+
+
 def compare(rung: str, limits: str, reference: Floats, found: Floats, labels: Ints, task: Task) -> dict[str, Any]:
     """One rung: max and mean error, cosine, agreement, difference of the metric, and whether all of it is inside the limits."""
     import numpy as np

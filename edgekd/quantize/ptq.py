@@ -77,9 +77,9 @@ class PTQ:
 
         from edgekd.profile.workload import works
 
-        known = {n.name for n in onnx.load_model_from_string(prepared.read_bytes()).graph.node if n.op_type in _WEIGHTED and n.name}
-        found = works(onnx.load_model_from_string(prepared.read_bytes()))
-        dense = [(w.name, w.flops / max(w.activation_bytes, 1.0)) for w in found if w.name in known]
+        proto = onnx.load_model_from_string(prepared.read_bytes())
+        known = {n.name for n in proto.graph.node if n.op_type in _WEIGHTED}
+        dense = [(w.name, w.flops / max(w.activation_bytes, 1.0)) for w in works(proto) if w.name in known]
         return sorted(dense, key=lambda d: (-d[1], d[0]))
 
     @staticmethod
@@ -87,7 +87,8 @@ class PTQ:
         """The same names in the order of the graph."""
         import onnx
 
-        return [n.name for n in onnx.load_model_from_string(prepared.read_bytes()).graph.node if n.name in set(names)]
+        wanted = set(names)
+        return [n.name for n in onnx.load_model_from_string(prepared.read_bytes()).graph.node if n.name in wanted]
 
     def quantize(
         self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str, *, ranges: Path | None = None

@@ -150,14 +150,10 @@ class _Search:
 
     def _against(self, chosen: set[str], other: set[str] | None) -> float:
         """Upper end of the interval of latency ratios: `chosen` to `other`, or to fp32; below 1 it is certainly faster."""
-        from edgekd.profile import measure as m
-
         self.ctx.stop.check()
         found: dict[str, Any] = {"ratio": None}
         try:
-            sessions = {"new": self._open(self._built(chosen)), "old": self.base if other is None else self._open(self._built(other))}
-            samples = m.measure(sessions, dict.fromkeys(sessions, self._feeds()), budget_s=_BUDGET_SECONDS)
-            found = m.ratio(samples["new"], samples["old"])
+            found = self._compared(chosen, self.base if other is None else self._open(self._built(other)))
         except BackendError as problem:  # one set that a runtime refuses is no reason to end the search
             self.ctx.console.say(f"  {len(chosen)} operators: {problem}")
         ratio, high = (float("inf"), float("inf")) if found["ratio"] is None else (found["ratio"], found["ci95"][1])
@@ -167,12 +163,16 @@ class _Search:
         return float(high)
 
     def _ratio_of(self, chosen: set[str]) -> float | None:
+        found: float | None = self._compared(chosen, self.base)["ratio"]
+        return found
+
+    def _compared(self, chosen: set[str], old: Any) -> dict[str, Any]:
+        """Ratio of latencies with its interval: the graph with `chosen` quantized to an opened one."""
         from edgekd.profile import measure as m
 
-        sessions = {"new": self._open(self._built(chosen)), "old": self.base}
+        sessions = {"new": self._open(self._built(chosen)), "old": old}
         samples = m.measure(sessions, dict.fromkeys(sessions, self._feeds()), budget_s=_BUDGET_SECONDS)
-        found: float | None = m.ratio(samples["new"], samples["old"])["ratio"]
-        return found
+        return m.ratio(samples["new"], samples["old"])
 
     def _built(self, chosen: set[str]) -> Path:
         """The graph with exactly these candidates quantized."""

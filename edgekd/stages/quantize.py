@@ -43,6 +43,7 @@ class Quantize:
     compresses = True
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.export.parity import coarser
         from edgekd.stages._common import method_of, open_dataset
 
         quantizer = method_of(settings, "quantize")
@@ -62,11 +63,6 @@ class Quantize:
             encoding="utf-8",
         )
         return done
-
-
-def coarser(a: str, b: str) -> str:
-    """Of two precisions the one that rounds more: what limits and tolerances go by."""
-    return min(a, b, key=("int8", "int8_weights", "fp16", "fp32").index)
 
 
 def calibration_batches(dataset: Dataset, facts: Mapping[str, Any], count: int, seed: int) -> Iterator[NDArray[np.float32]]:

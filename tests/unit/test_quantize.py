@@ -14,11 +14,10 @@ from torch import nn
 
 from edgekd.errors import BackendError
 from edgekd.export.onnx import INPUT, export_onnx
-from edgekd.export.parity import LIMITS, compare
+from edgekd.export.parity import LIMITS, coarser, compare
 from edgekd.quantize.fp16 import FP16
 from edgekd.quantize.weight_only import WeightOnly, pack, unpack
 from edgekd.safeio.onnxfile import check_onnx
-from edgekd.stages.quantize import coarser
 from edgekd.tasks.classification import Classification
 
 SIZE = 16
