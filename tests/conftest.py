@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import QUICKSTART, TINY, Finished, artifacts, run_here, short_measurements, write_images
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: workers that share two cores would fight over them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
