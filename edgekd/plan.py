@@ -217,7 +217,7 @@ class _Planner:
         start = self._start()
         current, graph = self._model_stages(start) if self.recipe.model.onnx is None else (None, start)
         for target in self.plan.targets:
-            self._target(target, graph)
+            self._target(target, graph, current)
         self._baselines(current)
         self._ship()
         return self.plan
@@ -321,6 +321,8 @@ class _Planner:
         inputs: dict[str, Ref] = {"model": model, "data": "data"}
         if stage == "distill":
             inputs["teacher"] = "teacher"
+        elif stage == "quantize_train" and self.recipe.teacher is not None:
+            inputs["teacher?"] = "teacher"
         config = settings.config
         if isinstance(config, TrainConfig) and "auto" in (config.autocast, config.channels_last):
             tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
@@ -461,8 +463,8 @@ class _Planner:
         return self._add(f"{name}.gate", "gate", config, inputs, facts=self._task() | _here(), user=True)
 
     # ------------------------------------------------------------------------------------------------ targets
-    def _target(self, target: Target, graph: Ref) -> None:
-        """Graph-level stages of one target, in the flavour that its device asks for."""
+    def _target(self, target: Target, graph: Ref, model: Ref | None) -> None:
+        """Quantizing stages of one target, in the flavour that its device asks for."""
         current = graph
         for kind, settings in self.loaded.stages:
             if kind != "quantize" or target.config.precision == "fp32":
@@ -474,6 +476,8 @@ class _Planner:
             name = settings.name if first else f"{settings.name}@{target.name}"
             flavour: dict[str, Any] = {"flavour": target.device.flavour_for(target.backend)}
             inputs: dict[str, Ref] = {"graph": current, "data": "data"}
+            if model is not None and _trains(settings):
+                inputs |= self._trained(settings, model, flavour)
             if mix := self._mix(name, settings, target, current, flavour):
                 inputs["mix?"] = mix
             step = self._add(name, "quantize", None, inputs, settings=settings, facts=flavour, user=True)
@@ -483,6 +487,16 @@ class _Planner:
             self.plan.segments.append(Segment(gate, (name,), current, step))
             current = Choice(gate, current, step)
         self.plan.shipped[target.name] = current
+
+    def _trained(self, settings: Settings, model: Ref, flavour: dict[str, Any]) -> dict[str, Ref]:
+        """What a quantizer that trains gives every target: the model on its grid, and its export."""
+        name = f"{settings.name}.train"
+        if name not in self.plan.graphs:  # once, in the flavour of the first target that takes it
+            fields = {n: getattr(settings.method_config, n) for n in TrainConfig.model_fields}
+            training = Settings(name, TrainConfig(**fields), settings.method, settings.method_config, flavour)
+            self._learn(name, "quantize_train", training, model)
+            self._export(name, name)
+        return {"graph": self.plan.graphs[name], "grid": name}
 
     def _mix(self, name: str, settings: Settings, target: Target, graph: Ref, flavour: dict[str, Any]) -> str | None:
         """The search for the operators that are worth quantizing, where the recipe asks for one and the target can be measured."""
@@ -578,13 +592,15 @@ class _Planner:
         return self._add(f"{target.name}.parity", "parity", None, inputs, facts=self._task() | _here())
 
     def _fp32_of(self, ref: Ref) -> Ref:
-        """The same choice without graph-level stages."""
+        """The same choice without quantized graphs: what went into them."""
         quantized = {
-            n for k, s in self.loaded.stages if k == "quantize" for n in (s.name, *(f"{s.name}@{t.name}" for t in self.plan.targets))
+            n: s for k, s in self.loaded.stages if k == "quantize" for n in (s.name, *(f"{s.name}@{t.name}" for t in self.plan.targets))
         }
-        while isinstance(ref, Choice) and ref.decision.removesuffix(".gate") in quantized:
-            ref = ref.before
-        return ref
+        if not isinstance(ref, Choice) or (settings := quantized.get(ref.decision.removesuffix(".gate"))) is None:
+            return ref
+        before = self._fp32_of(ref.before)
+        trained = self.plan.graphs.get(f"{settings.name}.train")
+        return Choice(ref.decision, before, trained) if trained else before
 
     def _model_of(self, ref: Ref) -> Ref | None:
         if isinstance(ref, Choice):
@@ -635,12 +651,17 @@ def _needs(settings: Settings) -> str:
     return str(registry.load("quantize", str(settings.method)).needs)
 
 
+def _trains(settings: Settings) -> bool:
+    """Whether a quantizing stage trains the model."""
+    return bool(registry.load("quantize", str(settings.method)).level == "model")
+
+
 def _refuses(target: Target, settings: Settings) -> str | None:
     """Why a quantizing stage is left out for a target, or None."""
     needs, method = _needs(settings), registry.load("quantize", str(settings.method))
     if not target.takes(needs):
         return f"its {target.backend} does not compute in {needs}"
-    if method.precision == "int8_weights" and _backend(target.backend).builds:
+    if method.precision in ("int8_weights", "codebook") and _backend(target.backend).builds:
         return f"{target.backend} does not take packed weights"
     return None
 

@@ -481,7 +481,12 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         if recipe.model.onnx is not None and kind != "quantize":
             bad(at, f"stage '{settings.name}' needs an architecture; an ONNX file can only be quantized")
         if quantized and kind != "quantize":
-            bad(at, f"stage '{settings.name}' works on a model and cannot follow a quantize stage that works on the exported graph")
+            bad(at, f"stage '{settings.name}' trains or cuts a model and cannot follow a quantize stage; put it before")
+        if kind == "quantize" and registry.load("quantize", str(settings.method)).level == "model":
+            if recipe.model.onnx is not None:
+                bad(at, f"{settings.method} trains a model, and an ONNX file cannot be trained; methods for it: ptq, fp16, weight_only")
+            if quantized:
+                bad(at, f"stage '{settings.name}' trains the model and must be the first that quantizes")
         quantized = quantized or kind == "quantize"
 
 

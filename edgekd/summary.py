@@ -164,8 +164,9 @@ class _Summary:
         return {"verdict": None, "reason": None}
 
     def _seconds(self, step: str) -> float:
-        """This run's time, or the time it took when it was built."""
-        return round(float(self.done.seconds.get(step, self.done.artifacts[step].meta.get("seconds", 0.0))), 3)
+        """This run's time, or the time it took when it was built; a quantizer's with that of its training."""
+        steps = [s for s in (f"{step}.train", step) if s in self.done.artifacts]
+        return round(sum(float(self.done.seconds.get(s, self.done.artifacts[s].meta.get("seconds", 0.0))) for s in steps), 3)
 
     def _steps_of(self, stage: str) -> list[str]:
         return [s.name for s in self.plan.steps if s.stage == stage]
@@ -249,7 +250,7 @@ class _Summary:
         found = {}
         for step in self.plan.steps:
             artifact = self.done.artifacts[step.name]
-            if step.stage in ("train", "distill") and step.name not in self.done.skipped and (artifact.path / "curves.json").is_file():
+            if step.gives is Kind.MODEL and step.name not in self.done.skipped and (artifact.path / "curves.json").is_file():
                 found[step.name] = artifact.json("curves.json")
         return found
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LIMITS: dict[str, dict[str, float]] = {
     "fp32": {"max_relative": 1e-3, "agreement": 0.995},
+    "codebook": {"max_relative": 1e-3, "agreement": 0.995},
     "int8_weights": {"cosine": 0.99, "agreement": 0.97},
     "fp16": {"cosine": 0.999, "agreement": 0.98},
     "int8": {"cosine": 0.95, "agreement": 0.90},
@@ -23,7 +24,7 @@ LIMITS: dict[str, dict[str, float]] = {
 
 def coarser(a: str, b: str) -> str:
     """Of two precisions the one that rounds more: what limits and tolerances go by."""
-    return min(a, b, key=("int8", "int8_weights", "fp16", "fp32").index)
+    return min(a, b, key=("int8", "int8_weights", "fp16", "codebook", "fp32").index)
 
 
 def compare(rung: str, limits: str, reference: Floats, found: Floats, labels: Ints, task: Task) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from edgekd.config import Config
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
+
+    from edgekd.quantize._learned import Seen
 
 
 class GraphQuantizer(Protocol):
@@ -25,6 +28,31 @@ class GraphQuantizer(Protocol):
 
     def quantize(self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str) -> dict[str, Any]:
         """Writes the quantized graph to `out`; `samples` are normalised inputs (batch, 3, h, w). Returns what was done."""
+
+
+class ModelQuantizer(Protocol):
+    """One file of this folder, registered with `@register("quantize")`, whose weights are trained.
+
+    The stage `quantize_train` attaches, trains and bakes; the stage `quantize` then writes the grid into the exported graph, for each target.
+    """
+
+    Config: ClassVar[type[Config]]  # a `_learned.LearnedConfig`
+    level: ClassVar[str]  # "model"
+    precision: ClassVar[str]
+    needs: ClassVar[str]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def attach(self, model: nn.Module, seen: Seen, flavour: str) -> None:
+        """Makes the model compute with quantized values, in place; what it adds is trained with the rest."""
+
+    def bake(self, model: nn.Module) -> dict[str, Any]:
+        """Leaves plain weights on the grid, in place; returns the grid as arrays by name."""
+
+    def quantize(
+        self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str, *, grid: Path | None = None
+    ) -> dict[str, Any]:
+        """Writes the exported graph with its weights as codes on the grid; returns what was done."""
 
 
 def tidied(proto: Any) -> Any:

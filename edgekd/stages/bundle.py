@@ -26,6 +26,7 @@ FOLDER = "bundle"  # inside the artifact, whose own manifest lies beside it
 _SAMPLES = 8
 _TOLERANCE = {
     "fp32": 1e-3,
+    "codebook": 1e-3,
     "int8_weights": 1e-3,
     "fp16": 2e-2,
     "int8": 0.1,

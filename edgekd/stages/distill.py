@@ -15,7 +15,8 @@ from edgekd.train.config import TrainConfig
 if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.models.spec import ModelSpec
-    from edgekd.train.distiller import Side
+    from edgekd.train.distiller import Distiller, Side
+    from edgekd.train.loop import Job
 
 
 @register("stage")
@@ -32,31 +33,36 @@ class Distill:
     compresses = False
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
-        import torch
-
-        from edgekd.models.build import load_model
-        from edgekd.models.taps import TappedModel
         from edgekd.stages._common import method_of
-        from edgekd.train.loop import Teacher
-        from edgekd.train.views import View
 
-        config = settings.typed(TrainConfig)
         job = prepare(settings, inputs, ctx)
-        teacher, teacher_spec = load_model(inputs["teacher"])
-        job.distiller = method_of(settings, "distill")
-        job.label_weight = job.distiller.config.label_weight
-        speed = chosen_speed(config, inputs, "teacher") if "speed" in inputs else job.speed
-        layout = torch.channels_last if speed.channels_last else torch.contiguous_format
-        teacher = teacher.to(job.device, memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
-        job.teacher = Teacher(teacher, View(teacher_spec, channels_last=speed.channels_last, device=job.device), speed)
-        taps = "taps" in job.distiller.needs
-        pair = side(job.model, job.spec, taps=taps), side(teacher, teacher_spec, taps=taps)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(ctx.seed)
-            job.projectors = job.distiller.setup(*pair)
-        if taps:
-            job.tapped = TappedModel(job.model, pair[0].taps)
-        return learn(job, out, ctx) | {"teacher_autocast": speed.autocast}
+        facts = imitate(job, method_of(settings, "distill"), settings, inputs, ctx)
+        return learn(job, out, ctx) | facts
+
+
+def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[str, Artifact], ctx: Context) -> dict[str, Any]:
+    """Gives the job its teacher, the distiller's loss and its projectors; returns what is recorded of it."""
+    import torch
+
+    from edgekd.models.build import load_model
+    from edgekd.models.taps import TappedModel
+    from edgekd.train.loop import Teacher
+    from edgekd.train.views import View
+
+    teacher, teacher_spec = load_model(inputs["teacher"])
+    job.distiller, job.label_weight = distiller, distiller.config.label_weight
+    speed = chosen_speed(settings.typed(TrainConfig), inputs, "teacher") if "speed" in inputs else job.speed
+    layout = torch.channels_last if speed.channels_last else torch.contiguous_format
+    teacher = teacher.to(job.device, memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
+    job.teacher = Teacher(teacher, View(teacher_spec, channels_last=speed.channels_last, device=job.device), speed)
+    taps = "taps" in distiller.needs
+    pair = side(job.model, job.spec, taps=taps), side(teacher, teacher_spec, taps=taps)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ctx.seed)
+        job.projectors = distiller.setup(*pair)
+    if taps:
+        job.tapped = TappedModel(job.model, pair[0].taps)
+    return {"teacher_autocast": speed.autocast}
 
 
 def side(model: Any, spec: ModelSpec, *, taps: bool = True) -> Side:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
+from edgekd.quantize._learned import GRID
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
 from edgekd.stages.export import FACTS, GRAPH
@@ -32,7 +33,7 @@ class Parity:
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "fp32": Kind.GRAPH, "data": Kind.DATA, "model?": Kind.MODEL, "engine?": Kind.ENGINE}
     gives = Kind.METRICS
-    version = 1
+    version = 2
     libraries = ("torch", "onnxruntime-gpu", "onnxruntime")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -49,8 +50,10 @@ class Parity:
             rows.append(compare("torch fp32 -> ONNX fp32", "fp32", torch_outputs(inputs["model"], dataset, positions), onnx, labels, task))
         precision = inputs["graph"].json(FACTS)["precision"]
         if inputs["graph"].digest != inputs["fp32"].digest:
-            rounded = graph_outputs(inputs["graph"], dataset, positions, ctx)
-            rows.append(compare(f"ONNX fp32 -> {precision}", precision, onnx, rounded, labels, task))
+            rounded, source = graph_outputs(inputs["graph"], dataset, positions, ctx), "ONNX fp32"
+            if "model" in inputs and (inputs["model"].path / GRID).is_file():  # trained with rounded inputs: without them it is another model
+                onnx, source = torch_outputs(inputs["model"], dataset, positions, rounded=True), "torch rounded"
+            rows.append(compare(f"{source} -> {precision}", precision, onnx, rounded, labels, task))
             onnx = rounded
         if "engine" in inputs:
             session, facts = open_engine(inputs["engine"])
@@ -70,10 +73,15 @@ def graph_outputs(graph: Artifact, dataset: Dataset, positions: NDArray[np.int64
     return run_engine(session, graph.json(FACTS), dataset, positions, ctx, "parity")
 
 
-def torch_outputs(model: Artifact, dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+def torch_outputs(model: Artifact, dataset: Dataset, positions: NDArray[np.int64], *, rounded: bool = False) -> NDArray[np.float32]:
+    """Outputs in torch; `rounded` as the model was trained by a quantizer."""
     from edgekd.models.build import load_model
+    from edgekd.quantize._attach import round_inputs
+    from edgekd.quantize._learned import load_grid
     from edgekd.train.evaluate import logits_of
     from edgekd.train.views import View
 
     module, spec = load_model(model)
+    if rounded:
+        round_inputs(module, {n.removesuffix("/input"): v for n, v in load_grid(model.path / GRID).items() if n.endswith("/input")})
     return logits_of(module, View(spec), dataset, positions)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
+    from edgekd.quantize._quantizer import ModelQuantizer
     from edgekd.tasks._task import Task
 
 _BATCH = 4
@@ -162,7 +163,7 @@ def _build_all(config: Any, model: nn.Module, spec: ModelSpec) -> list[str]:
             with _named(f"compile for {place.device}"):
                 backend, device = registry.load("backend", place.backend)(), load_device(place.device)
                 probes = [p for p in config.probes if p.stage == "quantize" and p.name not in place.leaves_out]
-                quantized = _quantized(probes, graph, Path(folder), images, device.flavour_for(place.backend), fixed)
+                quantized = _quantized(probes, model, spec, graph, images[: fixed or _BATCH], device.flavour_for(place.backend))
                 for name, file in [("fp32", graph), *quantized]:
                     target = Path(tempfile.mkdtemp(dir=folder))
                     meta = backend.convert(file, device, target, place.options, batch=place.batch)
@@ -194,11 +195,39 @@ def _pruned(config: Any, student: nn.Module, spec: ModelSpec, dataset: Dataset, 
 
 
 def _quantized(
-    probes: list[Probe], graph: Path, folder: Path, images: NDArray[np.float32], flavour: str, fixed: int | None
+    probes: list[Probe], model: nn.Module, spec: ModelSpec, graph: Path, images: NDArray[np.float32], flavour: str
 ) -> Iterator[tuple[str, Path]]:
+    """What each quantizing stage makes of the graph beside it, or of the model, with random calibration."""
     for probe in probes:
         with _named(probe.name):
             cls = registry.load("quantize", str(probe.method))
-            file = folder / f"{probe.name}-{flavour}.onnx"
-            cls(cls.Config(**probe.config)).quantize(graph, file, iter([images[: fixed or _BATCH]]), flavour)
+            quantizer, file = cls(cls.Config(**probe.config)), graph.with_name(f"{probe.name}-{flavour}.onnx")
+            if cls.level == "model":
+                trained, grid = _learned_once(quantizer, model, spec, images, flavour, file.with_suffix(""))
+                quantizer.quantize(trained, file, iter([images]), flavour, grid=grid)
+            else:
+                quantizer.quantize(graph, file, iter([images]), flavour)
             yield cls.precision, file
+
+
+def _learned_once(
+    quantizer: ModelQuantizer, model: nn.Module, spec: ModelSpec, images: NDArray[np.float32], flavour: str, folder: Path
+) -> tuple[Path, Path]:
+    """One batch through a quantized copy with finite gradients, baked and exported: (graph, grid)."""
+    import copy
+
+    import torch
+
+    from edgekd.export.onnx import export_onnx
+    from edgekd.quantize._learned import GRID, Seen, save_grid
+
+    folder.mkdir(exist_ok=True)
+    net, batch = copy.deepcopy(model), torch.from_numpy(images)
+    quantizer.attach(net, Seen([batch], lambda logits, _: logits.square().mean()), flavour)
+    net.train()(batch).square().mean().backward()
+    bad = next((n for n, p in net.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())), None)
+    if bad is not None:
+        raise TrainingDiverged(f"the gradient of '{bad}' is not finite on the first batch", expected="finite gradients")
+    save_grid(folder, quantizer.bake(net))
+    export_onnx(net, spec.image_size, folder / "model.onnx")
+    return folder / "model.onnx", folder / GRID

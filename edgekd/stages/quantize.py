@@ -1,4 +1,4 @@
-"""quantize: graph -> graph in the flavour of the target's device, calibrated on training images."""
+"""quantize: graph -> graph in the flavour of the target's device, calibrated on training images, or on the grid that its weights were trained on."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Quantize:
             0, ge=0, le=200, description="graphs to build and measure to find the operators that are worth quantizing; 0 quantizes all"
         )
 
-    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "mix?": Kind.DECISION}
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "mix?": Kind.DECISION, "grid?": Kind.MODEL}
     gives = Kind.GRAPH
-    version = 1
+    version = 2
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
     user = True
     method_kind = "quantize"
@@ -44,6 +44,7 @@ class Quantize:
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.parity import coarser
+        from edgekd.quantize._learned import GRID
         from edgekd.stages._common import method_of, open_dataset
 
         quantizer = method_of(settings, "quantize")
@@ -54,7 +55,8 @@ class Quantize:
         dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])
         wanted = getattr(quantizer.config, "samples", 0)  # methods that look at no data have no such setting
         samples = calibration_batches(dataset, facts, wanted, ctx.seed)
-        done: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour)
+        learned = {"grid": inputs["grid"].path / GRID} if "grid" in inputs else {}
+        done: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour, **learned)
         (out / FACTS).write_text(
             json.dumps(
                 facts | {"precision": coarser(facts["precision"], done.get("precision", quantizer.precision)), "flavour": flavour},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,12 +63,14 @@ def chosen_speed(config: TrainConfig, inputs: Mapping[str, Artifact], side: str)
     return Speed(config.autocast == "bf16", config.channels_last == "on")
 
 
-def learn(job: Job, out: Path, ctx: Context) -> dict[str, Any]:
-    """Runs the loop and saves model and curves."""
+def learn(job: Job, out: Path, ctx: Context, finish: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
+    """Runs the loop and saves model and curves; `finish` takes off the model what was trained beside it."""
     from edgekd.models.build import save_model
     from edgekd.train.loop import fit
 
     trained = fit(job, ctx)
+    if finish is not None:
+        finish(trained.model)
     save_model(trained.model, job.spec, out)
     _assert_same_tensors(trained.model, job.spec, job.name)
     (out / CURVES).write_text(json.dumps(trained.curves, indent=0), encoding="utf-8")

@@ -29,6 +29,7 @@ from edgekd.errors import Interrupted, TrainingDiverged
 from edgekd.models.spec import ModelSpec
 from edgekd.models.taps import TappedModel
 from edgekd.stages.distill import side
+from edgekd.stages.quantize_train import seen
 from edgekd.tasks.classification import Classification
 from edgekd.train import checkpoint
 from edgekd.train.config import TrainConfig
@@ -458,6 +459,35 @@ def test_a_run_stopped_at_any_step_ends_in_the_same_bytes(dataset: Dataset, tmp_
         assert first[:1] == ([step + 1] if step < undisturbed.steps else [])  # it continued and did not start anew
         assert weights(again.model) == weights(undisturbed.model), step
         assert again.curves == undisturbed.curves
+
+
+@pytest.mark.parametrize("speed", [Speed(), Speed(autocast=True)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), [("qat", {"steps": "lsq"}), ("qat", {"steps": "minmax", "weight_bits": 2}), ("qd", {}), ("dq", {})]
+)
+def test_a_quantized_run_stopped_at_any_step_ends_in_the_same_weights_and_grid(
+    dataset: Dataset, tmp_path: Path, name: str, options: dict[str, Any], speed: Speed
+) -> None:
+    cls = registry.load("quantize", name)
+    quantizer = cls(cls.Config(**options))
+    cfg = settings(epochs=2, ema=0.5, lr=0.01)
+
+    def job(work: str) -> Job:
+        made = make_job(dataset, tmp_path / work, cfg, distill="kd", speed=speed)
+        quantizer.attach(made.model, seen(made.spec, dataset, made.task, dataset.split("train")), "u8s8")
+        return made
+
+    def baked(done: Trained) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        grid = quantizer.bake(done.model)
+        assert set(done.model.state_dict()) == set(net().state_dict())
+        return weights(done.model), {n: a.tobytes() for n, a in grid.items()}
+
+    undisturbed = train(job("whole"))
+    expected = baked(undisturbed)
+    for step in (1, undisturbed.steps // 2, undisturbed.steps):
+        with pytest.raises(Interrupted):
+            fit(job(f"stop{step}"), stop_after(step))
+        assert baked(train(job(f"stop{step}"))) == expected, step
 
 
 @pytest.mark.parametrize("speed", [Speed(autocast=True), Speed(channels_last=True)], ids=str)
