@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import BackendError, EdgekdError
+from edgekd.errors import BackendError, EdgekdError, OnnxRefused
 from edgekd.quantize._quantizer import tidied
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 _OPS = [*WEIGHTED, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat"]
 _PASSING = ("Relu", "Clip", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")  # as int8 as what they get
+_ROUNDED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
 Overrides = dict[str, list[dict[str, Any]]]  # tensor -> onnxruntime's TensorQuantOverrides
 
 
@@ -71,6 +72,7 @@ def static_int8(
     )
     if calibration != "minmax":
         samples = _equal(samples)
+    _assert_fp32(onnx.load_model_from_string(graph.read_bytes()), graph.name)
     try:
         prepare(graph, prepared)
         if trained is not None:
@@ -106,6 +108,18 @@ def static_int8(
     counts = {op: sum(n.op_type == op for n in proto.graph.node) for op in ("QuantizeLinear", "DequantizeLinear")}
     precision = "int8" if counts["QuantizeLinear"] else "fp32"  # where every operator is kept
     return {"precision": precision, "flavour": flavour, "calibration": calibration, **counts}
+
+
+def _assert_fp32(proto: Any, where: str) -> None:
+    """Rounding twice loses accuracy for nothing."""
+    found = next((n for n in proto.graph.node if n.op_type in _ROUNDED or n.op_type.startswith("QLinear")), None)
+    if found is not None:
+        raise OnnxRefused(
+            f"it is quantized already: node '{found.name}' is a {found.op_type}",
+            where=where,
+            expected="a graph in fp32",
+            hint="leave the stage out",
+        )
 
 
 def _left_out(prepared: Path, keep: tuple[str, ...]) -> list[str]:

@@ -18,6 +18,7 @@ from edgekd.stages._stage import Settings
 from edgekd.stages.compile import ENGINE
 from edgekd.stages.evaluate import METRICS
 from edgekd.stages.export import FACTS, GRAPH
+from edgekd.stages.parity import PARITY
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -51,11 +52,14 @@ class Bundle:
         "parity": Kind.METRICS,
     }
     gives = Kind.BUNDLE
-    version = 1
+    version = 2
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.bundle import write_manifest
+        from edgekd.report.card import model_card
+        from edgekd.report.sbom import sbom
+        from edgekd.safeio.files import sha256_file
         from edgekd.stages._common import open_dataset, task_of
 
         config, folder = settings.typed(self.Config), out / FOLDER
@@ -88,6 +92,20 @@ class Bundle:
         for script in ("predict.py", *(["build.py"] if config.build else [])):
             (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(script).read_bytes())
         (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs), encoding="utf-8")
+        card = model_card(
+            body,
+            recipe=config.recipe,
+            target=config.target,
+            origin=config.provenance,
+            test=inputs["test"].json(METRICS),
+            parity=inputs["parity"].json(PARITY),
+        )
+        (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+        files = {p.name: sha256_file(p) for p in sorted(folder.iterdir())}
+        made = {n: v for n, v in config.provenance.items() if n not in ("student", "teacher")}
+        (folder / "sbom.cdx.json").write_text(
+            sbom(config.recipe, files["model.onnx"], files, made, str(inputs["data"].meta.get("fingerprint"))), encoding="utf-8"
+        )
         write_manifest(
             folder,
             {

@@ -51,7 +51,9 @@ class Parity:
         precision = inputs["graph"].json(FACTS)["precision"]
         if inputs["graph"].digest != inputs["fp32"].digest:
             rounded, source = graph_outputs(inputs["graph"], dataset, positions, ctx), "ONNX fp32"
-            if "model" in inputs and (inputs["model"].path / GRID).is_file():  # trained with rounded inputs: without them it is another model
+            if (
+                "model" in inputs and (inputs["model"].path / GRID).is_file()
+            ):  # trained with rounded inputs: without them it is another model
                 onnx, source = torch_outputs(inputs["model"], dataset, positions, rounded=True), "torch rounded"
             rows.append(compare(f"{source} -> {precision}", precision, onnx, rounded, labels, task))
             onnx = rounded

@@ -44,7 +44,9 @@ class Quantize:
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.parity import coarser
+        from edgekd.export.qdq import assert_rules
         from edgekd.quantize._learned import GRID
+        from edgekd.safeio.onnxfile import check_onnx
         from edgekd.stages._common import method_of, open_dataset
 
         quantizer = method_of(settings, "quantize")
@@ -57,9 +59,12 @@ class Quantize:
         samples = calibration_batches(dataset, facts, wanted, ctx.seed)
         learned = {"grid": inputs["grid"].path / GRID} if "grid" in inputs else {}
         done: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour, **learned)
+        precision = done.get("precision", quantizer.precision)
+        if precision == "int8":
+            assert_rules(check_onnx(out / GRAPH, trusted=True), flavour, settings.name)
         (out / FACTS).write_text(
             json.dumps(
-                facts | {"precision": coarser(facts["precision"], done.get("precision", quantizer.precision)), "flavour": flavour},
+                facts | {"precision": coarser(facts["precision"], precision), "flavour": flavour},
                 sort_keys=True,
             ),
             encoding="utf-8",

@@ -73,6 +73,20 @@ def test_export_gives_a_verified_bundle_and_a_report_and_names_the_image_it_left
     assert json.loads((bundle_of(exported) / "bundle.json").read_text())["labels"] == ["class0", "class1", "class2"]
 
 
+def test_the_bill_of_materials_reads_back_with_the_manifests_hashes_and_the_card_has_the_metrics(exported: Result) -> None:
+    from cyclonedx.model.bom import Bom
+
+    bundle = bundle_of(exported)
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    bom = Bom.from_json(json.loads((bundle / "sbom.cdx.json").read_text()))  # type: ignore[attr-defined]
+    listed = {c.name: next(iter(c.hashes)).content for c in bom.components if c.type.value == "file"}
+    assert listed == {n: f["sha256"] for n, f in files.items() if n != "sbom.cdx.json"}
+    assert {c.name for c in bom.components if c.scope and c.scope.value == "required"} == {"onnxruntime", "numpy", "Pillow"}
+    card = (bundle / "MODEL_CARD.md").read_text()
+    assert f"| top1 | {exported.json()['targets'][0]['metric']:.4f} |" in card
+    assert "torch fp32 -> ONNX fp32" in card
+
+
 def test_the_exported_graph_computes_what_the_weights_do(exported: Result, weights: Path) -> None:
     import numpy as np
     import onnxruntime

@@ -1,0 +1,69 @@
+"""The model card of a bundle, in Markdown: what the model is for, what it takes and gives, how well it does, and what is not known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_PRECISIONS = {
+    "fp32": "32-bit floats",
+    "fp16": "16-bit floats",
+    "int8": "8-bit integers with the scales in the file",
+    "int8_weights": "8-bit weights, computed in 32-bit floats",
+    "codebook": "weights as indices of a few values, computed in 32-bit floats",
+}
+
+
+def model_card(
+    facts: Mapping[str, Any],
+    *,
+    recipe: str,
+    target: str,
+    origin: Mapping[str, Any],
+    test: Mapping[str, Any],
+    parity: Sequence[Mapping[str, Any]],
+) -> str:
+    """`facts`: bundle.json; `test`: metrics on the test split and their number of samples; `parity`: rows of the ladder."""
+    labels, prepare = facts["labels"], facts["preprocess"]
+    shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(test["metrics"].items()))
+    rungs = "\n".join(
+        f"| {r['rung']} | {r['max_abs']:.3g} | {r['cosine']:.6f} | {r['agreement']:.2%} | {'yes' if r['ok'] else 'no'} |" for r in parity
+    )
+    batch = "any" if facts["fixed_batch"] is None else facts["fixed_batch"]
+    side = prepare["image_size"]
+    resized = f"resized ({prepare['resize']}, {prepare['interpolation']}), minus {_numbers(prepare['mean'])}, divided by {_numbers(prepare['std'])}"
+    return f"""# Model card
+
+{facts["task"].capitalize()} into {len(labels)} classes, compressed by edgekd (recipe `{recipe}`, target `{target}`). Architecture: {origin.get("student", "unknown")}\
+{f", taught by {origin['teacher']}" if "teacher" in origin else ""}. Stored in {_PRECISIONS[facts["precision"]]}.
+
+## Use
+
+Images like those that it was trained on; anything else gets one of the labels as well, often with high probability. It was not examined for bias between
+groups of people or places, and the labels of its dataset are taken as they were given.
+
+- input `{facts["input"]}`: batch {batch} x 3 x {side} x {side}, RGB, {resized}
+- output `{facts["output"]}`: one logit a class, in the order of `labels.txt`
+- labels: {shown}
+
+## Measured
+
+On {test["samples"]} test images, read once, by this file:
+
+| metric | value |
+|---|---|
+{metrics}
+
+Each form of the model against the one before it, on val images:
+
+| step | largest error | cosine | same decision | inside its limits |
+|---|---|---|---|---|
+{rungs}
+
+Latency depends on the device and is not part of this file: `edgekd profile FOLDER` measures it there.
+"""
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "/".join(f"{v:g}" for v in values)

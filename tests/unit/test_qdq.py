@@ -1,0 +1,133 @@
+"""The rules of quantized graphs: what edgekd writes keeps them in every flavour, and each rule is seen when it is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from torch import nn
+
+from edgekd.errors import BackendError, OnnxRefused
+from edgekd.export.onnx import export_onnx
+from edgekd.export.qdq import assert_rules, problems
+from edgekd.quantize.ptq import PTQ
+
+SIZE = 16
+FLAVOURS = ("s8s8", "u8s8", "u8s8_reduced")
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Hardswish(), nn.Flatten())
+    net = nn.Sequential(body, nn.Linear(288, 12), nn.Tanh(), nn.Linear(12, 5)).eval()
+    folder = tmp_path_factory.mktemp("graph")
+    export_onnx(net, SIZE, folder / "fp32.onnx")
+    found = {"fp32": (folder / "fp32.onnx").read_bytes()}
+    for flavour in FLAVOURS:
+        PTQ(PTQ.Config()).quantize(folder / "fp32.onnx", folder / "int8.onnx", images(), flavour)
+        found[flavour] = (folder / "int8.onnx").read_bytes()
+    return found
+
+
+def images() -> Iterator[np.ndarray]:
+    yield np.random.default_rng(0).standard_normal((4, 3, SIZE, SIZE), dtype=np.float32)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_what_is_written_keeps_every_rule_of_its_flavour(graphs: dict[str, bytes], flavour: str) -> None:
+    assert list(problems(onnx.load_model_from_string(graphs[flavour]), flavour)) == []
+
+
+@pytest.mark.parametrize(("made", "wanted"), [("u8s8", "s8s8"), ("s8s8", "u8s8"), ("u8s8", "u8s8_reduced")])
+def test_another_flavours_graph_is_found(graphs: dict[str, bytes], made: str, wanted: str) -> None:
+    assert list(problems(onnx.load_model_from_string(graphs[made]), wanted))
+
+
+def tensor(proto: Any, node: Any, place: int) -> Any:
+    return next(t for t in proto.graph.initializer if t.name == node.input[place])
+
+
+def first(proto: Any, op: str, *, weight: bool) -> Any:
+    known = {t.name for t in proto.graph.initializer}
+    return next(n for n in proto.graph.node if n.op_type == op and (n.input[0] in known) is weight)
+
+
+def changed(proto: Any, node: Any, place: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    held = tensor(proto, node, place)
+    held.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(held).copy())), held.name))
+
+
+def zero_point(proto: Any) -> None:
+    changed(proto, first(proto, "QuantizeLinear", weight=False), 2, lambda z: z + np.int8(3))
+
+
+def scale(proto: Any) -> None:
+    changed(proto, first(proto, "QuantizeLinear", weight=False), 1, lambda s: -s)
+
+
+def largest(proto: Any) -> None:
+    changed(proto, first(proto, "DequantizeLinear", weight=True), 0, lambda w: np.where(w == w.max(), np.int8(-128), w))
+
+
+def bias(proto: Any) -> None:
+    changed(proto, first(proto, "DequantizeLinear", weight=True), 0, lambda w: w.astype(np.int32))
+
+
+def axis(proto: Any) -> None:
+    node = next(n for n in proto.graph.node if n.op_type == "DequantizeLinear" and any(a.name == "axis" for a in n.attribute))
+    next(a for a in node.attribute if a.name == "axis").i ^= 1
+
+
+def opset(proto: Any) -> None:
+    proto.opset_import[0].version = 11
+
+
+def untyped(proto: Any) -> None:
+    del first(proto, "QuantizeLinear", weight=False).input[2]
+
+
+def unpaired(proto: Any) -> None:
+    proto.graph.node.append(helper.make_node("Identity", [first(proto, "QuantizeLinear", weight=False).output[0]], ["seen"]))
+
+
+def fp32_weight(proto: Any) -> None:
+    node = first(proto, "DequantizeLinear", weight=True)
+    proto.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(tensor(proto, node, 0)).astype(np.float32), "plain"))
+    for reader in proto.graph.node:
+        for place, name in enumerate(reader.input):
+            if name == node.output[0]:
+                reader.input[place] = "plain"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (zero_point, "zero point is not zero"),
+        (scale, "scale is not a positive constant"),
+        (largest, "a weight is 128"),
+        (bias, "int32 bias"),
+        (axis, "scales along axis"),
+        (opset, "opset 11"),
+        (untyped, "no constant zero point"),
+        (unpaired, "read by something other"),
+        (fp32_weight, "its weights are not"),
+    ],
+)
+def test_a_broken_rule_is_named(graphs: dict[str, bytes], damage: Callable[[Any], None], words: str) -> None:
+    proto = onnx.load_model_from_string(graphs["s8s8"])
+    damage(proto)
+    with pytest.raises(BackendError, match=words):
+        assert_rules(proto, "s8s8", "model.onnx")
+
+
+def test_a_graph_that_is_quantized_already_is_refused(graphs: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "int8.onnx").write_bytes(graphs["u8s8"])
+    with pytest.raises(OnnxRefused, match="quantized already"):
+        PTQ(PTQ.Config()).quantize(tmp_path / "int8.onnx", tmp_path / "again.onnx", images(), "u8s8")
