@@ -439,7 +439,9 @@ class _Planner:
         ]
         return first.device.channel_multiple(needs[-1] if needs else "fp32")
 
-    def _gate(self, name: str, before: Ref, after: Ref, *, note: str | None = None, target: Target | None = None) -> str:
+    def _gate(
+        self, name: str, before: Ref, after: Ref, *, note: str | None = None, kept: str | None = None, target: Target | None = None
+    ) -> str:
         budget = (target or self.plan.targets[0]).config.budget
         timed = self.plan.targets[0].runs_here and (target is None or target.runs_here)
         config = self._config(
@@ -458,8 +460,7 @@ class _Planner:
             "after_metrics": self._before_of(after, self.plan.metrics),
             "reference_metrics": reference,
         }
-        if note is not None:
-            inputs["note?"] = note
+        inputs |= {n: ref for n, ref in (("note?", note), ("kept?", kept)) if ref is not None}
         return self._add(f"{name}.gate", "gate", config, inputs, facts=self._task() | _here(), user=True)
 
     # ------------------------------------------------------------------------------------------------ targets
@@ -480,10 +481,12 @@ class _Planner:
                 inputs |= self._trained(settings, model, flavour)
             if mix := self._mix(name, settings, target, current, flavour):
                 inputs["mix?"] = mix
+            if kept := self._kept(name, settings, inputs, flavour):
+                inputs["kept?"] = kept
             step = self._add(name, "quantize", None, inputs, settings=settings, facts=flavour, user=True)
             self.plan.graphs[name] = step
             self._measured(name, step)
-            gate = self._gate(name, current, step, note=mix, target=target)
+            gate = self._gate(name, current, step, note=mix, kept=kept, target=target)
             self.plan.segments.append(Segment(gate, (name,), current, step))
             current = Choice(gate, current, step)
         self.plan.shipped[target.name] = current
@@ -519,6 +522,14 @@ class _Planner:
             facts=flavour | self._task() | _here(),
             user=True,
         )
+
+    def _kept(self, name: str, settings: Settings, inputs: Mapping[str, Ref], flavour: dict[str, Any]) -> str | None:
+        """The trial that finds nodes to keep in higher precision, where the recipe allows that and the method can leave nodes out."""
+        config = settings.method_config
+        if config is None or not self.recipe.accept.keep_nodes or "keep_nodes" not in type(config).model_fields:
+            return None
+        trial = Settings(f"{name}.keep", self._config("keep"), settings.method, config)
+        return self._add(f"{name}.keep", "keep", None, dict(inputs), settings=trial, facts=flavour | self._task() | _here())
 
     def _baselines(self, model: Ref | None) -> None:
         """The student trained alone for as many epochs as the chain's first learning stage, exported, measured and tested."""

@@ -55,6 +55,7 @@ class Accept(Config):
     """When the result as a whole is accepted."""
 
     accuracy_drop_max: float = Field(0.01, ge=0, le=1, description="largest drop of the metric against the teacher's fp32 engine, absolute")
+    keep_nodes: bool = Field(True, description="where rounding breaks the outputs, leave the nodes that do it in higher precision")
 
 
 class Recipe(Config):

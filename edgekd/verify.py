@@ -10,8 +10,6 @@ from edgekd.errors import OnnxRefused, ParityBroken
 
 _RANDOM_SAMPLES = 8
 _KEEP = 5  # nodes that are proposed for a higher precision
-_TENSOR_LIMITS = {"fp32": {"min_cosine": 0.999, "max_relative": 1e-2}, "fp16": {"min_cosine": 0.99, "max_relative": 0.1}}
-_ROUNDED = {"min_cosine": 0.9, "max_relative": float("inf")}  # one value of a rounded tensor may be far off; its direction may not
 
 
 def verify_bundle(folder: Path) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
 
     Inputs are the sample images of a bundle that one of them lies in, else seeded noise, which the answer says.
     """
-    from edgekd.export.bisect import compare_tensors, first_break, steepest
+    from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits
     from edgekd.export.parity import LIMITS, coarser, compare
     from edgekd.profile.report import model_file_of
     from edgekd.safeio.onnxfile import check_onnx, fed_inputs
@@ -96,7 +94,7 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     if row["ok"]:
         return found
     tensors = compare_tensors(protos[0], protos[1], feeds[0], feeds[1])
-    broken = first_break(tensors, **_TENSOR_LIMITS.get(coarsest, _ROUNDED))
+    broken = first_break(tensors, **tensor_limits(coarsest))
     found["first_break"] = broken.said() if broken else None
     found["keep"] = [t.node for t in steepest(tensors, _KEEP)]
     limits = ", ".join(f"{name} {LIMITS[coarsest].get(name, 1):g}" for name in row["failed"])
@@ -139,6 +137,8 @@ def _precision(proto: Any) -> str:
         return "int8"
     if any(t.data_type == t.INT8 and len(t.dims) == 2 for t in proto.graph.initializer):
         return "int8_weights"
+    if any(t.name.endswith(".planes") and t.data_type == t.UINT8 for t in proto.graph.initializer):
+        return "codebook"
     return "fp16" if any(t.data_type == t.FLOAT16 for t in proto.graph.initializer) else "fp32"
 
 

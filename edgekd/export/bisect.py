@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
-_FLOATS = (1, 10)  # TensorProto.FLOAT, FLOAT16
+_LIMITS = {"fp32": {"min_cosine": 0.999, "max_relative": 1e-2}, "fp16": {"min_cosine": 0.99, "max_relative": 0.1}}
+_ROUNDED = {"min_cosine": 0.9, "max_relative": float("inf")}  # one value of a rounded tensor may be far off; its direction may not
 _CHUNK = 40  # intermediate tensors that are held at once
 _EPS = 1e-12
 
@@ -54,6 +55,11 @@ def compare_tensors(reference: onnx.ModelProto, other: onnx.ModelProto, feeds: F
     return found
 
 
+def tensor_limits(precision: str) -> dict[str, float]:
+    """How far an intermediate tensor may be off in a precision."""
+    return _LIMITS.get(precision, _ROUNDED)
+
+
 def first_break(tensors: list[Compared], *, min_cosine: float, max_relative: float) -> Compared | None:
     """The first tensor that lies outside the limits."""
     return next((t for t in tensors if not (t.cosine >= min_cosine and t.max_relative <= max_relative)), None)
@@ -66,6 +72,21 @@ def steepest(tensors: list[Compared], count: int) -> list[Compared]:
         drops.append((before - t.cosine, t))
         before = min(before, t.cosine)
     return [t for drop, t in sorted(drops, key=lambda d: -d[0])[:count] if drop > 0]
+
+
+def with_makers(model: onnx.ModelProto, nodes: set[str]) -> set[str]:
+    """The nodes and what makes their inputs, back to the nearest nodes with weights: a tensor is rounded where it is made."""
+    held = {t.name for t in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    named = {node.name: node for node in model.graph.node}
+    found, waiting = set(nodes), [makers[i] for n in nodes if n in named for i in named[n].input if i in makers]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found:
+            found.add(node.name)
+            if not any(i in held and "." in i for i in node.input):
+                waiting += [makers[i] for i in node.input if i in makers]
+    return found
 
 
 def _distance(a: Any, b: Any) -> tuple[float, float]:

@@ -66,13 +66,18 @@ class Parity:
 
 
 def graph_outputs(graph: Artifact, dataset: Dataset, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
-    """Outputs of an ONNX file on this machine's onnxruntime."""
+    """Outputs of a graph on this machine's onnxruntime."""
+    return outputs_of(graph.path / GRAPH, graph.json(FACTS), dataset, positions, ctx)
+
+
+def outputs_of(file: Path, facts: Mapping[str, Any], dataset: Dataset, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
+    """Outputs of an ONNX file on this machine's onnxruntime; `facts` say what it takes."""
     from edgekd import registry
     from edgekd.profile.device import load_device
     from edgekd.stages.evaluate import run_engine
 
-    session = registry.load("backend", "onnxruntime")().open(graph.path / GRAPH, threads=ctx.threads, device=load_device("host"))
-    return run_engine(session, graph.json(FACTS), dataset, positions, ctx, "parity")
+    session = registry.load("backend", "onnxruntime")().open(file, threads=ctx.threads, device=load_device("host"))
+    return run_engine(session, facts, dataset, positions, ctx, "parity")
 
 
 def torch_outputs(model: Artifact, dataset: Dataset, positions: NDArray[np.int64], *, rounded: bool = False) -> NDArray[np.float32]:

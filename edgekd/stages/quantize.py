@@ -32,7 +32,7 @@ class Quantize:
             0, ge=0, le=200, description="graphs to build and measure to find the operators that are worth quantizing; 0 quantizes all"
         )
 
-    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "mix?": Kind.DECISION, "grid?": Kind.MODEL}
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "mix?": Kind.DECISION, "kept?": Kind.DECISION, "grid?": Kind.MODEL}
     gives = Kind.GRAPH
     version = 2
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
@@ -50,8 +50,9 @@ class Quantize:
         from edgekd.stages._common import method_of, open_dataset
 
         quantizer = method_of(settings, "quantize")
-        if "mix" in inputs:
-            keep = (*quantizer.config.keep_nodes, *read_decision(inputs["mix"])["keep"])
+        decided = [name for decision in ("mix", "kept") if decision in inputs for name in read_decision(inputs[decision])["keep"]]
+        if decided:
+            keep = (*quantizer.config.keep_nodes, *decided)
             quantizer = type(quantizer)(quantizer.config.model_copy(update={"keep_nodes": keep}))
         facts = inputs["graph"].json(FACTS)
         dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])

@@ -168,3 +168,38 @@ def test_two_different_models_are_refused(model: Path, tmp_path: Path) -> None:
     assert run_here("verify", tmp_path / "nothing.onnx", "--against", model).code == 3
     shutil.copyfile(__file__, tmp_path / "text.onnx")
     assert run_here("verify", tmp_path / "text.onnx", "--against", model).code == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ nodes that rounding breaks
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A net in which one channel is ten thousand times as large as those that decide, and is multiplied by nothing afterwards."""
+    from edgekd.export.onnx import export_onnx
+
+    torch.manual_seed(0)
+    first, second, last = torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.Linear(16, 3)
+    with torch.no_grad():
+        first.weight[0] *= 1e4
+        second.weight[:, 0] = 0
+        for layer in (first, second, last):
+            layer.bias.zero_()  # type: ignore[union-attr]
+    pooled = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), last)
+    path = tmp_path_factory.mktemp("fragile") / "fragile.onnx"
+    export_onnx(torch.nn.Sequential(first, torch.nn.ReLU(), second, *pooled).eval(), 32, path)
+    return path
+
+
+def test_nodes_that_rounding_breaks_stay_in_fp32_and_the_decision_says_so(fragile: Path, photos: Path, tmp_path: Path) -> None:
+    broken = quantized(fragile, photos, tmp_path / "broken", "-o", "accept.keep_nodes=false")
+    assert broken.code == 4
+    assert [r["ok"] for r in broken.json()["parity"]] == [False]
+    mended = quantized(fragile, photos, tmp_path / "mended")
+    assert mended.code == 0, mended.err
+    assert all(r["ok"] for r in mended.json()["parity"])
+    decision = json.loads((tmp_path / "mended" / "decisions.json").read_text())["quantize.keep"]
+    assert [r["ok"] for r in decision["rounds"]][:1] + [r["ok"] for r in decision["rounds"]][-1:] == [False, True]
+    assert decision["keep"]
+    assert "first at node" in decision["reason"]
+    [stage] = [s for s in mended.json()["stages"] if s["name"] == "quantize"]
+    assert "stay in higher precision" in stage["reason"]
+    assert mended.json()["targets"][0]["precision"] == "int8"  # the rest is rounded
