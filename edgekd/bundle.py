@@ -11,6 +11,15 @@ from edgekd.errors import BundleRefused, FileMissing
 from edgekd.safeio.files import sha256_file, write_synced
 
 MANIFEST, FACTS, SAMPLES = "manifest.json", "bundle.json", "samples.npz"
+ENGINE_FACTS = (
+    "runtime",
+    "version",
+    "provider",
+    "compute_capability",
+    "max_batch",
+    "shapes",
+    "options",
+)  # what the manifest says of the engine
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _HINT = "do not deploy it; make it again: edgekd compress RECIPE"
 

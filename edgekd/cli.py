@@ -461,17 +461,22 @@ def predict(
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx")],
     against: Annotated[Path | None, typer.Option(metavar="BUNDLE|MODEL.onnx", help="Another form of the same model.")] = None,
+    build: Annotated[bool, typer.Option("--build", help="Build the bundle's engine again with this machine's runtime.")] = False,
     json: Json = False,
 ) -> None:
     """Check a bundle: every byte and its sample outputs; or one form of a model against another, down to the node."""
     from edgekd.api import verify as check_bundle
 
-    found = check_bundle(bundle, against=against)
+    if build and against is not None:
+        raise UsageError("--build and --against do not go together", hint="edgekd verify BUNDLE --build")
+    found = check_bundle(bundle, against=against, build=build)
     console = Console(json_mode=json)
     if json:
         console.json(found)
     elif against is None:
         console.data(f"{bundle}: {found['files']} files as in the manifest; {found['samples']}")
+        for line in found["differs"]:
+            console.say(f"differs here: {line}")
     else:
         shown = ("rung", "max_abs", "mean_abs", "cosine", "agreement", "threshold")
         console.table([{n: f"{v:.4g}" if isinstance(v := row[n], float) else v for n in shown} for row in found["rungs"]], shown)

@@ -583,7 +583,7 @@ class _Planner:
                 build=_build_facts(target),
             )
             inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "test": test, "parity": parity}
-            self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts=self._task(), user=True)
+            self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts=self._task() | _here(), user=True)
 
     def _provenance(self) -> dict[str, Any]:
         """What the bundle says of its origin: architectures, weights and library versions."""

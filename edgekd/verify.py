@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgekd.bundle import FACTS, SAMPLES, read_facts, verify_files
-from edgekd.errors import OnnxRefused, ParityBroken
+from edgekd.bundle import ENGINE_FACTS, FACTS, MANIFEST, SAMPLES, read_facts, verify_files
+from edgekd.errors import BackendError, OnnxRefused, ParityBroken
 
 _RANDOM_SAMPLES = 8
 _KEEP = 5  # nodes that are proposed for a higher precision
@@ -25,7 +25,63 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         "recipe": manifest["recipe"],
         "target": manifest["target"],
         "samples": _check_samples(folder, facts),
+        "differs": _differences(manifest),
     }
+
+
+def _differences(manifest: dict[str, Any]) -> list[str]:
+    """What of this machine is not as where the bundle was made: its figures may not hold here, and an engine may not load."""
+    from edgekd import registry
+    from edgekd.profile.host import identity
+
+    made, engine = manifest.get("made_on", {}), manifest.get("engine", {})
+    found = [f"{n}: made on {made[n]}, here {v}" for n, v in identity().items() if n in made and made[n] != v]
+    if engine.get("runtime") in registry.names("backend"):
+        version = registry.load("backend", engine["runtime"])().version()
+        if version != engine["version"]:
+            found.append(f"{engine['runtime']}: made with {engine['version']}, here {version}")
+    return found
+
+
+def rebuild(folder: Path) -> dict[str, Any]:
+    """Builds the engine of an intact bundle again with this machine's runtime and completes its manifest; returns the engine's facts.
+
+    Raises BackendError where the engine cannot be built here.
+    """
+    import shutil
+    import tempfile
+
+    from edgekd import registry
+    from edgekd.bundle import write_manifest
+    from edgekd.profile.device import load_device
+
+    manifest = verify_files(folder)
+    facts, device = read_facts(folder, manifest), load_device(str(manifest["target"]))
+    backend = registry.load("backend", str(manifest["backend"]))()
+    if not backend.builds:
+        raise BackendError(
+            f"there is nothing to build: {backend.name} takes the ONNX file as it is", where=str(folder), expected="a bundle with an engine"
+        )
+    if (missing := backend.builds_for(device)) is not None:
+        raise BackendError(missing, where=str(folder), hint="edgekd doctor")
+    build = facts["build"]
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch:  # a copy that takes the folder's place when it is whole
+        copy, old = Path(scratch) / "new", Path(scratch) / "old"
+        shutil.copytree(folder, copy)
+        (copy / MANIFEST).unlink()
+        meta: dict[str, Any] = backend.convert(copy / facts["model_file"], device, copy, build["options"], batch=build["batch"])
+        (copy / FACTS).write_text(_json(facts | {"engine_file": meta["model_file"]}), encoding="utf-8")
+        kept = {n: v for n, v in manifest.items() if n not in ("schema", "files", "digest")}
+        write_manifest(copy, kept | {"engine": {n: meta[n] for n in ENGINE_FACTS if n in meta}})
+        folder.rename(old)
+        copy.rename(folder)
+    return meta
+
+
+def _json(facts: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(facts, sort_keys=True, indent=1, ensure_ascii=True) + "\n"
 
 
 def _check_samples(folder: Path, facts: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ class Bundle:
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
-        from edgekd.bundle import write_manifest
+        from edgekd.bundle import ENGINE_FACTS, write_manifest
         from edgekd.report.card import model_card
         from edgekd.report.sbom import sbom
         from edgekd.safeio.files import sha256_file
@@ -116,6 +116,8 @@ class Bundle:
                 "metrics": inputs["test"].json(METRICS)["metrics"],
                 "data": inputs["data"].meta.get("fingerprint"),
                 "provenance": config.provenance,
+                "engine": {n: engine.meta[n] for n in ENGINE_FACTS if n in engine.meta},
+                "made_on": settings.facts["machine"],
             },
         )
         return {"model_file": model_file, "size_bytes": (folder / model_file).stat().st_size}

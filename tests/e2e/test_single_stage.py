@@ -73,6 +73,21 @@ def test_export_gives_a_verified_bundle_and_a_report_and_names_the_image_it_left
     assert json.loads((bundle_of(exported) / "bundle.json").read_text())["labels"] == ["class0", "class1", "class2"]
 
 
+def test_verify_says_what_differs_here_and_that_an_onnx_bundle_needs_no_build(exported: Result, tmp_path: Path) -> None:
+    from edgekd.bundle import write_manifest
+
+    bundle = tmp_path / "moved"
+    shutil.copytree(bundle_of(exported), bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").unlink()
+    kept = {n: v for n, v in manifest.items() if n not in ("schema", "files", "digest")}
+    write_manifest(bundle, kept | {"made_on": kept["made_on"] | {"cpu": "another"}, "engine": kept["engine"] | {"version": "0.1"}})
+    found = run_here("verify", bundle, "--json").json()["differs"]
+    assert [line.partition(":")[0] for line in found] == ["cpu", "onnxruntime"]
+    refused = run_here("verify", bundle, "--build")
+    assert (refused.code, "nothing to build" in refused.err) == (5, True)
+
+
 def test_the_bill_of_materials_reads_back_with_the_manifests_hashes_and_the_card_has_the_metrics(exported: Result) -> None:
     from cyclonedx.model.bom import Bom
 

@@ -72,6 +72,12 @@ def test_a_target_that_is_not_here_gets_a_really_built_engine_and_no_measured_fi
     assert points
     assert all(p.dtype == np.int8 and not p.any() for p in points)
     assert run_here("verify", bundle).code == 0
+    before = json.loads((bundle / "manifest.json").read_text())
+    again = run_here("verify", bundle, "--build", "--json")
+    assert (again.code, again.json()["differs"]) == (0, []), again.err
+    after = json.loads((bundle / "manifest.json").read_text())
+    assert after["engine"] == before["engine"]
+    assert after["files"].keys() == before["files"].keys()
 
 
 def test_a_device_that_builds_its_own_engine_gets_the_script_and_the_command_for_it(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -87,6 +93,8 @@ def test_a_device_that_builds_its_own_engine_gets_the_script_and_the_command_for
     assert command.split()[0] == "trtexec"
     assert "--optShapes=images:1x3x32x32" in command
     assert "--int8" not in command
+    assert run_here("verify", bundle, "--build").code == 5
+    assert run_here("verify", bundle).code == 0  # as it was
 
 
 @needs_openvino
