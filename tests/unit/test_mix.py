@@ -17,7 +17,8 @@ from edgekd.console import Console
 from edgekd.errors import BackendError, RecipeError
 from edgekd.export.onnx import export_onnx
 from edgekd.plan import build_plan
-from edgekd.quantize.ptq import PTQ, _left_out
+from edgekd.quantize._static import _left_out
+from edgekd.quantize.ptq import PTQ
 from edgekd.recipe import load
 from edgekd.stages.mix import Mix, _Search
 
