@@ -499,7 +499,7 @@ class _Planner:
             training = Settings(name, TrainConfig(**fields), settings.method, settings.method_config, flavour)
             self._learn(name, "quantize_train", training, model)
             self._export(name, name)
-        return {"graph": self.plan.graphs[name], "grid": name}
+        return {"graph": self.plan.graphs[name], "grid?": name}
 
     def _mix(self, name: str, settings: Settings, target: Target, graph: Ref, flavour: dict[str, Any]) -> str | None:
         """The search for the operators that are worth quantizing, where the recipe asks for one and the target can be measured."""

@@ -42,6 +42,7 @@ RECIPES = {
     "two prunes": TWICE,
     "two targets": CHAIN + "targets: {host: {}, rpi5: {budget: {p95_ms: 40}}}\n",
     "away first": CHAIN + "targets: {rpi5: {}, host: {precision: fp32}}\n",
+    "rounded in training": CHAIN.replace("quantize: {}", "quantize: {method: qat}") + "targets: {host: {}, rpi5: {}}\n",
     "baseline": CHAIN + "baselines: [student]\n",
 }
 
@@ -73,7 +74,7 @@ def cut(name: str) -> list[str]:
 
 
 def rounded(name: str) -> list[str]:
-    return [name, f"{name}.engine", f"{name}.val", f"{name}.gate"]
+    return [f"{name}.keep", name, f"{name}.engine", f"{name}.val", f"{name}.gate"]
 
 
 def ended(target: str, *, check: bool = False, teacher: bool = False) -> list[str]:
@@ -131,6 +132,14 @@ SEGMENT = [*cut("prune"), *taught("recover"), "prune.gate"]
         (
             "away first",
             [*TEACHER, *taught("distill"), *SEGMENT, *rounded("quantize"), *ended("rpi5", check=True, teacher=True), *ended("host")],
+        ),
+        (
+            "rounded in training",
+            [
+                *(*TEACHER, *taught("distill"), *SEGMENT, "quantize.train.speed", "quantize.train", "quantize.train.export"),
+                *(*rounded("quantize")[1:], *rounded("quantize@rpi5")[1:]),  # one training for all targets
+                *(*ended("host", teacher=True), *ended("rpi5", check=True)),
+            ],
         ),
         (
             "baseline",
@@ -353,7 +362,7 @@ def after(plan: Plan, name: str) -> set[str]:
         ("distill.temperature=2", "distill"),
         ("distill.augment.pad=1", "distill"),
         ("recover.lr=0.1", "recover"),
-        ("quantize.samples=9", "quantize"),
+        ("quantize.samples=9", "quantize.keep"),
         ("data.image_size=40", "data"),
         ("data.split.val=0.2", "data"),
         ("model.args={drop_rate: 0.1}", "student"),
@@ -369,7 +378,9 @@ def test_a_change_reaches_its_step_and_what_depends_on_it(override: str, first: 
 def quantized(first: str) -> set[str]:
     """One quantize stage stands for a step a target."""
     return (
-        {f"quantize@rpi5{s}" for s in ("", ".engine", ".val", ".gate")} | set(ended("rpi5", check=True)) if first == "quantize" else set()
+        {f"quantize@rpi5{s}" for s in (".keep", "", ".engine", ".val", ".gate")} | set(ended("rpi5", check=True))
+        if first == "quantize.keep"
+        else set()
     )
 
 
@@ -407,6 +418,20 @@ def test_an_onnx_file_that_changed_changes_its_key(here: Path) -> None:
     plan = planned("ONNX file")
     (here / "model.onnx").write_bytes(b"other")
     assert changed(plan, planned("ONNX file")) == after(plan, "model")
+
+
+def test_a_trained_quantizer_compares_with_what_it_trained() -> None:
+    plan = planned("rounded in training")
+    before = Choice("prune.gate", "distill.export", "recover.export")
+    for name, target in (("quantize", "host"), ("quantize@rpi5", "rpi5")):
+        inputs = plan.step(name).inputs
+        assert (inputs["graph"], inputs["grid?"]) == ("quantize.train.export", "quantize.train")
+        assert plan.step(f"{target}.parity").inputs["fp32"] == Choice(f"{name}.gate", before, "quantize.train.export")
+        assert plan.shipped[target] == Choice(f"{name}.gate", before, name)
+    training = plan.step("quantize.train")
+    assert training.inputs["teacher?"] == "teacher"
+    assert training.inputs["model"] == Choice("prune.gate", "distill", "recover")
+    assert plan.step("quantize@rpi5").settings.facts["flavour"] == "s8s8"
 
 
 def test_a_budget_concerns_gates_only() -> None:
@@ -473,7 +498,7 @@ def test_every_field_of_every_stage_and_method_is_in_its_key_unless_marked(stage
         before = key(own, other)
         target = other or own
         changed = target.model_copy(update={field: "another value"})
-        assert (key(own, changed) if other else key(changed, None)) != before if keyed else key(changed, None) == before
+        assert ((key(own, changed) if other else key(changed, None)) != before) is keyed
 
 
 @pytest.mark.parametrize("ingredient", ["store", "stage", "config", "method", "facts", "inputs", "libraries", "seed", "replayed"])
@@ -489,7 +514,7 @@ def test_every_ingredient_is_part_of_the_key(ingredient: str) -> None:
     [
         ("distill", "ofa", {"distill", "preflight"}),
         ("criterion", "l1", {"prune", "prune.widths", "preflight"}),
-        ("quantize", "ptq", {"quantize", "preflight"}),
+        ("quantize", "ptq", {"quantize.keep", "quantize", "preflight"}),
         ("format", "digits", {"data"}),
         ("stage", "export", {"teacher.export", "distill.export", "prune.export", "recover.export"}),
         ("backend", "onnxruntime", {f"{n}.engine" for n in ("teacher", "distill", "prune", "recover", "quantize")} | {"host.compile"}),
@@ -503,6 +528,7 @@ def test_every_ingredient_is_part_of_the_key(ingredient: str) -> None:
                 "prune",
                 "prune.widths",
                 "prune.gate",
+                "quantize.keep",
                 "quantize.gate",
                 "host.parity",
                 "host.bundle",
