@@ -72,8 +72,8 @@ def static_int8(
     )
     if calibration != "minmax":
         samples = _equal(samples)
-    _assert_fp32(onnx.load_model_from_string(graph.read_bytes()), graph.name)
     try:
+        _assert_fp32(onnx.load_model_from_string(graph.read_bytes()), graph.name)
         prepare(graph, prepared)
         if trained is not None:
             proto = onnx.load_model_from_string(prepared.read_bytes())
