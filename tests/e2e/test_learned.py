@@ -74,7 +74,7 @@ def weight_codes(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     return {name: numpy_helper.to_array(t) for name, t in named if len(t.dims) > 1}
 
 
-@pytest.mark.parametrize(("bits", "steps"), [(8, "minmax"), (4, "lsq"), (2, "lsq")])
+@pytest.mark.parametrize(("bits", "steps"), [(8, "minmax"), pytest.param(4, "lsq", marks=pytest.mark.slow), (2, "lsq")])
 def test_qat_ships_the_codes_that_it_trained(weights: Path, photos: Path, tmp_path: Path, bits: int, steps: str) -> None:
     run = quantized("qat", weights, photos, tmp_path, "-o", f"quantize.weight_bits={bits}", "-o", f"quantize.steps={steps}")
     assert run.code in (0, 4), run.err
