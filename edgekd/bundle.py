@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from edgekd.errors import BundleRefused, FileMissing
 from edgekd.safeio.files import sha256_file, write_synced
 
 MANIFEST, FACTS, SAMPLES = "manifest.json", "bundle.json", "samples.npz"
-ENGINE_FACTS = (
+_ENGINE_FACTS = (
     "runtime",
     "version",
     "provider",
@@ -33,6 +34,16 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     }
     body = {"schema": "edgekd.bundle/1", "files": files, **facts}
     write_synced(folder / MANIFEST, _encoded(body))
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes bundle.json."""
+    (folder / FACTS).write_text(json.dumps(facts, sort_keys=True, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
+
+
+def engine_facts(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of an engine, from what its builder returned."""
+    return {name: meta[name] for name in _ENGINE_FACTS if name in meta}
 
 
 def verify_files(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgekd.bundle import ENGINE_FACTS, FACTS, MANIFEST, SAMPLES, read_facts, verify_files
+from edgekd.bundle import FACTS, MANIFEST, SAMPLES, read_facts, verify_files
 from edgekd.errors import BackendError, OnnxRefused, ParityBroken
 
 _RANDOM_SAMPLES = 8
@@ -52,7 +52,7 @@ def rebuild(folder: Path) -> dict[str, Any]:
     import tempfile
 
     from edgekd import registry
-    from edgekd.bundle import write_manifest
+    from edgekd.bundle import engine_facts, write_facts, write_manifest
     from edgekd.profile.device import load_device
 
     manifest = verify_files(folder)
@@ -70,18 +70,12 @@ def rebuild(folder: Path) -> dict[str, Any]:
         shutil.copytree(folder, copy)
         (copy / MANIFEST).unlink()
         meta: dict[str, Any] = backend.convert(copy / facts["model_file"], device, copy, build["options"], batch=build["batch"])
-        (copy / FACTS).write_text(_json(facts | {"engine_file": meta["model_file"]}), encoding="utf-8")
+        write_facts(copy, facts | {"engine_file": meta["model_file"]})
         kept = {n: v for n, v in manifest.items() if n not in ("schema", "files", "digest")}
-        write_manifest(copy, kept | {"engine": {n: meta[n] for n in ENGINE_FACTS if n in meta}})
+        write_manifest(copy, kept | {"engine": engine_facts(meta)})
         folder.rename(old)
         copy.rename(folder)
     return meta
-
-
-def _json(facts: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(facts, sort_keys=True, indent=1, ensure_ascii=True) + "\n"
 
 
 def _check_samples(folder: Path, facts: dict[str, Any]) -> str:

@@ -8,31 +8,18 @@ with ResNet-56 as teacher, beside the fp32 student given the same training and i
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from bench_cifar10 import CODE, edgekd
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CODE = ["--code", "recipes/cifar10/resnet_cifar.py"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def edgekd(*args: str, home: Path) -> Any:
-    """The JSON document of a command; exit 4 (a goal missed) still has one."""
-    environment = {**os.environ, "EDGEKD_HOME": str(home / "store")}
-    done = subprocess.run(
-        [sys.executable, "-m", "edgekd", *args, "--json"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode not in (0, 4):
-        sys.exit(f"edgekd {' '.join(args)} ended with {done.returncode}")
-    return json.loads(done.stdout)
 
 
 def imported(weights: Path, arch: str, home: Path) -> Path:

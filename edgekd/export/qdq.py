@@ -7,7 +7,7 @@ quantization, onnxruntime's quantization documentation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from edgekd.errors import BackendError
@@ -18,15 +18,15 @@ _LARGEST = {"s8s8": 127, "u8s8": 127, "u8s8_reduced": 64}
 _ACTIVATIONS = {"s8s8": "int8", "u8s8": "uint8", "u8s8_reduced": "uint8"}
 
 
-def assert_rules(proto: Any, flavour: str, where: str) -> None:
-    """Raises BackendError with the first rule that is broken, and its node."""
-    for problem in problems(proto, flavour):
+def assert_rules(proto: Any, flavour: str, where: str, keep: Collection[str] = ()) -> None:
+    """Raises BackendError with the first rule that is broken, and its node; those named in `keep` were left in fp32 on purpose."""
+    for problem in problems(proto, flavour, keep):
         raise BackendError(
             f"the quantized graph is not one that the runtime takes: {problem}", where=where, hint="report it with the model's name"
         )
 
 
-def problems(proto: Any, flavour: str) -> Iterator[str]:
+def problems(proto: Any, flavour: str, keep: Collection[str] = ()) -> Iterator[str]:
     """Every broken rule in words, with the node."""
     graph = _Values(proto)
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
@@ -35,7 +35,7 @@ def problems(proto: Any, flavour: str) -> Iterator[str]:
     for node in proto.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             yield from (f"{node.op_type} '{node.name}': {what}" for what in _of_pair(graph, node, flavour))
-        elif node.op_type in _WEIGHT_INPUT:
+        elif node.op_type in _WEIGHT_INPUT and node.name not in keep:  # a kept one may read what another one rounded
             yield from (f"{node.op_type} '{node.name}': {what}" for what in _of_weight(graph, node))
 
 

@@ -7,12 +7,45 @@ latency. Weights are exactly those that were trained; where the exporter folded 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from edgekd.quantize._learned import load_grid
 from edgekd.quantize._match import find_weights
-from edgekd.quantize._quantizer import tidied
+from edgekd.quantize._quantizer import take_out, tidied
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
 
 _BYTE = 8
+
+
+class Codebook:
+    """What `qd` and `dq` share: how trained weights of a few values are baked and stored."""
+
+    level = "model"
+    precision = "codebook"
+    needs = "fp32"
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def bake(self, model: nn.Module) -> dict[str, Any]:
+        from edgekd.quantize._buckets import codebooks
+
+        return codebooks(model)
+
+    def quantize(
+        self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str, *, grid: Path | None = None
+    ) -> dict[str, Any]:
+        """Writes the graph with indices and tables instead of weights; says how many bits a weight takes."""
+        import onnx
+
+        proto, facts = packed(onnx.load_model_from_string(graph.read_bytes()), load_grid(grid) if grid is not None else {})
+        out.write_bytes(proto.SerializeToString(deterministic=True))
+        return facts | {"flavour": flavour}
 
 
 def packed(proto: Any, arrays: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -25,13 +58,10 @@ def packed(proto: Any, arrays: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     stored, nodes = [], []
     for layer, book in books.items():
         place = places[layer]
-        for tensor in [t for t in proto.graph.initializer if t.name == place.initializer]:
-            proto.graph.initializer.remove(tensor)
-        for value in [v for v in proto.graph.input if v.name == place.initializer]:  # some files list their weights among the inputs
-            proto.graph.input.remove(value)
-        parts = _parts(book, place.factor, place.transposed)
+        take_out(proto.graph, place.initializer)
+        parts = _parts(book, place.factor)
         stored += [(f"{place.initializer}.{name}", value) for name, value in parts.items()]
-        nodes += list(_nodes(place.initializer, parts))
+        nodes += list(_nodes(place.initializer, parts, transposed=place.transposed))
     from onnx import numpy_helper
 
     proto.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in stored)
@@ -57,7 +87,7 @@ def _width(book: Mapping[str, Any]) -> int:
     return max(1, int(len(book["points"]) - 1).bit_length())
 
 
-def _parts(book: Mapping[str, Any], factor: Any, transposed: bool) -> dict[str, Any]:
+def _parts(book: Mapping[str, Any], factor: Any) -> dict[str, Any]:
     import numpy as np
 
     width, codes = _width(book), book["codes"].astype(np.uint8)
@@ -81,44 +111,38 @@ def _parts(book: Mapping[str, Any], factor: Any, transposed: bool) -> dict[str, 
     }
     if not np.allclose(factor, 1, rtol=0, atol=1e-7):
         parts["factor"] = factor.astype(np.float32).reshape(-1, *[1] * (len(book["shape"]) - 1))
-    if transposed:
-        parts["transposed"] = np.array(1)  # a flag for `_nodes`
     return parts
 
 
-def _nodes(weight: str, parts: dict[str, Any]) -> Iterator[Any]:
+def _nodes(weight: str, parts: Mapping[str, Any], *, transposed: bool) -> Iterator[Any]:
     """Planes -> bits -> indices -> points -> buckets -> the weight under its own name."""
     from onnx import TensorProto, helper
 
-    transposed = parts.pop("transposed", None) is not None
-    last = [""]
+    steps = [""]  # outputs so far; the last one is what the next node takes
 
     def node(op: str, *inputs: str, out: str = "", **attributes: Any) -> Any:
-        name = out or f"{weight}.{op.lower()}{len(steps)}"
+        name = out or f"{weight}.{op.lower()}{len(steps) - 1}"
         steps.append(name)
-        last[0] = name
         return helper.make_node(op, [i if i.startswith(weight) else f"{weight}.{i}" for i in inputs], [name], name, **attributes)
 
-    steps: list[str] = []
     yield node("BitShift", "planes", "shifts", direction="RIGHT")
-    yield node("BitwiseAnd", last[0], "one")
-    yield node("Cast", last[0], to=TensorProto.INT32)
-    yield node("Mul", last[0], "worth")
-    yield node("ReduceSum", last[0], "axis", keepdims=0)
-    yield node("Reshape", last[0], "row")
-    yield node("Slice", last[0], "start", "codes_end")
-    yield node("Reshape", last[0], "buckets")
-    indices = last[0]
-    yield node("Gather", "points", indices)
-    yield node("Mul", last[0], "alpha")
-    yield node("Add", last[0], "beta")
-    yield node("Reshape", last[0], "row")
-    yield node("Slice", last[0], "start", "values_end")
+    yield node("BitwiseAnd", steps[-1], "one")
+    yield node("Cast", steps[-1], to=TensorProto.INT32)
+    yield node("Mul", steps[-1], "worth")
+    yield node("ReduceSum", steps[-1], "axis", keepdims=0)
+    yield node("Reshape", steps[-1], "row")
+    yield node("Slice", steps[-1], "start", "codes_end")
+    yield node("Reshape", steps[-1], "buckets")
+    yield node("Gather", "points", steps[-1])
+    yield node("Mul", steps[-1], "alpha")
+    yield node("Add", steps[-1], "beta")
+    yield node("Reshape", steps[-1], "row")
+    yield node("Slice", steps[-1], "start", "values_end")
     ends = [("Reshape", "shape")] + ([("Mul", "factor")] if "factor" in parts else [])
     for number, (op, constant) in enumerate(ends, 1):
-        yield node(op, last[0], constant, out="" if transposed or number < len(ends) else weight)
+        yield node(op, steps[-1], constant, out="" if transposed or number < len(ends) else weight)
     if transposed:
-        yield node("Transpose", last[0], out=weight, perm=[1, 0])
+        yield node("Transpose", steps[-1], out=weight, perm=[1, 0])
 
 
 def _huffman(codes: Any) -> float:

@@ -55,6 +55,13 @@ class ModelQuantizer(Protocol):
         """Writes the exported graph with its weights as codes on the grid; returns what was done."""
 
 
+def take_out(body: Any, weight: str) -> None:
+    """Removes an initializer from a graph, and from its inputs: some files list their weights there as well."""
+    for held in (body.initializer, body.input):
+        for entry in [e for e in held if e.name == weight]:
+            held.remove(entry)
+
+
 def tidied(proto: Any) -> Any:
     """Without the opset imports that nothing uses any more, and without names of the tool that made it."""
     used = {n.domain for n in proto.graph.node} | {"", "ai.onnx"}

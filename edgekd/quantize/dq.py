@@ -8,19 +8,16 @@ are shared out equally and the rest by the norm of each tensor's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from edgekd.quantize._codebook import Codebook
 from edgekd.quantize._learned import LearnedConfig, Seen
-from edgekd.quantize.qd import write_packed
 from edgekd.registry import register
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import nn
 
 _FEWEST, _MOST = 2, 256  # points of a tensor
@@ -28,7 +25,7 @@ _EDGE = 256  # of the first and the last layer
 
 
 @register("quantize")
-class DQ:
+class DQ(Codebook):
     """Learned quantization points."""
 
     class Config(LearnedConfig):
@@ -39,13 +36,6 @@ class DQ:
         optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or SGD with Nesterov momentum")
         lr: float = Field(1e-5, gt=0, description="peak learning rate of the points")
         weight_decay: float = Field(0.0, ge=0, description="decay of matrices and kernels, of which none is trained")
-
-    level = "model"
-    precision = "codebook"
-    needs = "fp32"
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def attach(self, model: nn.Module, seen: Seen, flavour: str) -> None:
         """Points on every convolution and linear weight, everything else frozen; raises InputRefused where there is none."""
@@ -65,17 +55,9 @@ class DQ:
             parametrize.register_parametrization(site.module, "weight", Points(site.module.weight, count, config.bucket or None))  # type: ignore[arg-type]
 
     def bake(self, model: nn.Module) -> dict[str, Any]:
-        from edgekd.quantize._buckets import codebooks
-
-        arrays = codebooks(model)
+        arrays = super().bake(model)
         model.requires_grad_(True)
         return arrays
-
-    def quantize(
-        self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str, *, grid: Path | None = None
-    ) -> dict[str, Any]:
-        """Writes the graph with indices and learned tables instead of weights; says how many bits a weight takes."""
-        return write_packed(graph, out, grid) | {"flavour": flavour}
 
 
 def shared_out(norms: Mapping[str, float], each: int) -> dict[str, int]:

@@ -8,25 +8,22 @@ they cost most of the accuracy), the gradient goes straight through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from edgekd.quantize._learned import LearnedConfig, Seen, load_grid
+from edgekd.quantize._codebook import Codebook
+from edgekd.quantize._learned import LearnedConfig, Seen
 from edgekd.registry import register
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import nn
 
 _EDGE = 8  # bits of the first and the last layer
 
 
 @register("quantize")
-class QD:
+class QD(Codebook):
     """Bucketed uniform weights, trained."""
 
     class Config(LearnedConfig):
@@ -39,13 +36,6 @@ class QD:
         optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or SGD with Nesterov momentum")
         lr: float = Field(0.01, gt=0, description="peak learning rate")
         weight_decay: float = Field(2.2e-4, ge=0, description="decay of matrices and kernels")
-
-    level = "model"
-    precision = "codebook"
-    needs = "fp32"
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def attach(self, model: nn.Module, seen: Seen, flavour: str) -> None:
         """Rounding on every convolution and linear weight; raises InputRefused where there is none."""
@@ -60,24 +50,3 @@ class QD:
             bits = max(config.bits, _EDGE) if site.name in edges else config.bits
             quantizer = Uniform(bits, config.bucket or None, config.backward == "truncated")
             parametrize.register_parametrization(site.module, "weight", quantizer)
-
-    def bake(self, model: nn.Module) -> dict[str, Any]:
-        from edgekd.quantize._buckets import codebooks
-
-        return codebooks(model)
-
-    def quantize(
-        self, graph: Path, out: Path, samples: Iterator[NDArray[np.float32]], flavour: str, *, grid: Path | None = None
-    ) -> dict[str, Any]:
-        """Writes the graph with indices and tables instead of weights; says how many bits a weight takes."""
-        return write_packed(graph, out, grid) | {"flavour": flavour}
-
-
-def write_packed(graph: Path, out: Path, grid: Path | None) -> dict[str, Any]:
-    import onnx
-
-    from edgekd.quantize._codebook import packed
-
-    proto, facts = packed(onnx.load_model_from_string(graph.read_bytes()), load_grid(grid) if grid is not None else {})
-    out.write_bytes(proto.SerializeToString(deterministic=True))
-    return facts

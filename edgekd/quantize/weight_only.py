@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from edgekd.config import Config as Base
-from edgekd.quantize._quantizer import tidied
+from edgekd.quantize._quantizer import take_out, tidied
 from edgekd.registry import register
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class WeightOnly:
             values = numpy_helper.to_array(tensor)
             codes, scales = pack(values, self.config.block)
             worst = max(worst, float(abs(unpack(codes, scales, values.shape) - values).max() / max(abs(values).max(), 1e-30)))
-            body.initializer.remove(tensor)
-            for value in [v for v in body.input if v.name == tensor.name]:  # some files list their weights among the inputs
-                body.input.remove(value)
+            take_out(body, tensor.name)
             body.initializer.extend(_stored(tensor.name, codes, scales, values))
             nodes.extend(_restore(tensor.name, codes.size != values.size))
             packed += 1

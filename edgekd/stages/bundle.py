@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from importlib import resources
@@ -56,7 +55,7 @@ class Bundle:
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
-        from edgekd.bundle import ENGINE_FACTS, write_manifest
+        from edgekd.bundle import engine_facts, write_facts, write_manifest
         from edgekd.report.card import model_card
         from edgekd.report.sbom import sbom
         from edgekd.safeio.files import sha256_file
@@ -87,7 +86,7 @@ class Bundle:
             "build": config.build,
             "tolerance": _TOLERANCE[facts["precision"]] * _write_samples(folder / "samples.npz", graph, dataset, ctx),
         }
-        (folder / "bundle.json").write_text(json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
+        write_facts(folder, body)
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for script in ("predict.py", *(["build.py"] if config.build else [])):
             (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(script).read_bytes())
@@ -116,7 +115,7 @@ class Bundle:
                 "metrics": inputs["test"].json(METRICS)["metrics"],
                 "data": inputs["data"].meta.get("fingerprint"),
                 "provenance": config.provenance,
-                "engine": {n: engine.meta[n] for n in ENGINE_FACTS if n in engine.meta},
+                "engine": engine_facts(engine.meta),
                 "made_on": settings.facts["machine"],
             },
         )

@@ -52,8 +52,8 @@ class Quantize:
         quantizer = method_of(settings, "quantize")
         decided = [name for decision in ("mix", "kept") if decision in inputs for name in read_decision(inputs[decision])["keep"]]
         if decided:
-            keep = (*quantizer.config.keep_nodes, *decided)
-            quantizer = type(quantizer)(quantizer.config.model_copy(update={"keep_nodes": keep}))
+            both = (*quantizer.config.keep_nodes, *decided)
+            quantizer = type(quantizer)(quantizer.config.model_copy(update={"keep_nodes": both}))
         facts = inputs["graph"].json(FACTS)
         dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])
         wanted = getattr(quantizer.config, "samples", 0)  # methods that look at no data have no such setting
@@ -62,7 +62,8 @@ class Quantize:
         done: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour, **learned)
         precision = done.get("precision", quantizer.precision)
         if precision == "int8":
-            assert_rules(check_onnx(out / GRAPH, trusted=True), flavour, settings.name)
+            keep = getattr(quantizer.config, "keep_nodes", ())
+            assert_rules(check_onnx(out / GRAPH, trusted=True), flavour, settings.name, keep)
         (out / FACTS).write_text(
             json.dumps(
                 facts | {"precision": coarser(facts["precision"], precision), "flavour": flavour},

@@ -45,6 +45,30 @@ def test_what_is_written_keeps_every_rule_of_its_flavour(graphs: dict[str, bytes
     assert list(problems(onnx.load_model_from_string(graphs[flavour]), flavour)) == []
 
 
+class Branches(nn.Module):
+    """Two convolutions of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both: torch.Tensor = self.left(x) + self.right(x)
+        return both
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_an_operator_kept_in_fp32_may_read_what_another_one_rounded(tmp_path: Path, flavour: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Branches(), nn.Flatten(), nn.Linear(1152, 4))
+    export_onnx(net.eval(), SIZE, tmp_path / "fp32.onnx")
+    second = [n.name for n in onnx.load(tmp_path / "fp32.onnx").graph.node if n.op_type == "Conv"][1]
+    PTQ(PTQ.Config(keep_nodes=(second,))).quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", images(), flavour)
+    proto = onnx.load(tmp_path / "int8.onnx")
+    assert any("its input is rounded and its weights are not" in p for p in problems(proto, flavour))
+    assert list(problems(proto, flavour, keep=[second])) == []
+
+
 @pytest.mark.parametrize(("made", "wanted"), [("u8s8", "s8s8"), ("s8s8", "u8s8"), ("u8s8", "u8s8_reduced")])
 def test_another_flavours_graph_is_found(graphs: dict[str, bytes], made: str, wanted: str) -> None:
     assert list(problems(onnx.load_model_from_string(graphs[made]), wanted))
