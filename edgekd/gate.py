@@ -7,6 +7,7 @@ tolerance, and the drop's interval inside what is left of the accuracy that may 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,60 @@ def judge(e: Evidence) -> Verdict:
     return Verdict("neutral", f"no certain gain in {' or '.join(sorted(e.wants)) or 'latency or size'}: {said}{hint}")
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One runtime and graph of a race. Size in bytes; the drop is against the graph that the race started from."""
+
+    name: str
+    size_bytes: int
+    ratio: float | None  # latency / the first candidate's; None: it could not be measured
+    ratio_ci: tuple[float, float] | None
+    drop: float
+    drop_ci: tuple[float, float]
+    rounded: bool  # False: the graph as the chain gave it
+    missed: int = 0  # limits of the budget that it does not meet
+
+
+def pick(candidates: Sequence[Candidate], allowed: float, *, enabled: bool = True) -> tuple[Candidate, str]:
+    """What ships, and why: inside the accuracy limit the fewest missed limits, then the lowest latency, and of equals the smallest file.
+
+    `allowed` is what is left of accuracy_drop_max. A graph in fp32 is out only where its runtime certainly loses more than that. `enabled=False`: any
+    rounded graph will do, whatever it loses.
+    """
+    first = candidates[0]
+    if enabled:
+        inside = [c for c in candidates if (c.drop_ci[1] <= allowed if c.rounded else c.drop_ci[0] <= max(allowed, 0))] or [first]
+    else:
+        inside = [c for c in candidates if c.rounded] or list(candidates)
+    fewest = min(c.missed for c in inside)
+    fitting = [c for c in inside if c.missed == fewest]
+    best = min((c.ratio for c in fitting if c.ratio is not None), default=None)
+    equal = fitting if best is None else [c for c in fitting if c.ratio is not None and c.ratio <= best * (1 + TOLERANCE)]
+    chosen = min(equal, key=lambda c: c.size_bytes)
+    words = [f"'{chosen.name}' ships"]
+    if chosen is not first:
+        words.append(f"against '{first.name}': {_race_words(chosen, first)}")
+    faster = [c for c in candidates if c.ratio is not None and chosen.ratio is not None and c.ratio < chosen.ratio * (1 - TOLERANCE)]
+    if faster:
+        fastest = min(faster, key=lambda c: c.ratio or 0.0)
+        why = (
+            "misses more of the budget"
+            if fastest in inside and fastest.missed > fewest
+            else f"{'loses' if fastest.drop_ci[0] > allowed else 'may lose'} more accuracy than is left ({_drop_words(fastest.drop, fastest.drop_ci)})"
+            if fastest not in inside and enabled
+            else "is not rounded"
+        )
+        words.append(f"'{fastest.name}' is faster ({fastest.ratio:.2f}x) and {why}")
+    return chosen, "; ".join(words)
+
+
+def _race_words(c: Candidate, first: Candidate) -> str:
+    latency = "not timed" if c.ratio is None else f"{1 / c.ratio:.2f}x faster" if c.ratio < 1 else f"{c.ratio:.2f}x the latency"
+    size = first.size_bytes / c.size_bytes
+    weight = f"{size:.2f}x smaller" if size > 1 + TOLERANCE else f"{1 / size:.2f}x the size" if size < 1 - TOLERANCE else "of the same size"
+    return f"{latency}, {weight}, accuracy {_drop_words(c.drop, c.drop_ci)}"
+
+
 def _needed(gains: list[str], losses: list[str], e: Evidence) -> bool:
     """A loss is accepted only where the budget names what was gained, was not met without it, and does not name what was lost."""
     return bool(set(gains) & e.unmet) and not (set(losses) & e.wants)
@@ -125,5 +180,9 @@ def _size_words(e: Evidence) -> str:
 
 
 def _accuracy_words(e: Evidence) -> str:
-    low, high = (v * 100 for v in e.drop_ci)
-    return f"accuracy {0.0 - e.drop * 100:+.2f} points on val (95 % {0.0 - high:+.2f} to {0.0 - low:+.2f})"  # 0 minus: no negative zero
+    return f"accuracy {_drop_words(e.drop, e.drop_ci)}"
+
+
+def _drop_words(drop: float, interval: tuple[float, float]) -> str:
+    low, high = (v * 100 for v in interval)
+    return f"{0.0 - drop * 100:+.2f} points on val (95 % {0.0 - high:+.2f} to {0.0 - low:+.2f})"  # 0 minus: no negative zero

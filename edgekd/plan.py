@@ -1,13 +1,14 @@
 """Recipe + devices -> ordered steps. Kinds, wiring and keys are settled here, without torch.
 
 A user lists model stages; export, compile, evaluate, gate, profile and bundle are inserted. A gate closes a segment: a compressing stage and the
-recovery stages that follow it. What follows a gate refers to a `Choice`, resolved when the gate's decision is known.
+recovery stages that follow it. What follows a gate refers to a `Choice`, resolved when the gate's decision is known. Where a target leaves its runtime
+open and several run here, a race takes the place of its last gate: it chooses the runtime and the precision together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -36,11 +37,18 @@ _LEARNS = ("train", "distill")
 
 @dataclass(frozen=True)
 class Choice:
-    """Whatever a decision chose: `before` or `after`."""
+    """Whatever a decision chose, by the name that it gives: a gate says `before` or `after`, a race says which candidate."""
 
     decision: str
-    before: Ref
-    after: Ref
+    options: Mapping[str, Ref]
+
+    @classmethod
+    def of_gate(cls, gate: str, before: Ref, after: Ref) -> Choice:
+        return cls(gate, {"before": before, "after": after})
+
+    def each(self, change: Callable[[Ref], Ref]) -> Choice:
+        """The same choice between what `change` makes of the options."""
+        return Choice(self.decision, {name: change(ref) for name, ref in self.options.items()})
 
 
 Ref = str | Choice
@@ -95,6 +103,15 @@ class Target:
     device: DeviceProfile
     backend: str
     runs_here: bool
+    rivals: tuple[str, ...] = ()  # runtimes of this machine that are measured against each other, the first of them is `backend`
+
+    @property
+    def raced(self) -> bool:
+        return len(self.rivals) > 1
+
+    def on(self, backend: str) -> Target:
+        """The same target with its runtime settled."""
+        return replace(self, backend=backend, rivals=())
 
     def takes(self, precision: str) -> bool:
         """False where the device's profile lists what the runtime computes in, and this is not in it."""
@@ -104,12 +121,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Segment:
-    """A gated part of the chain: its steps' names, the gate, and what stands before and after."""
+    """A gated part of the chain: its steps' names, and the gate or race that judges it."""
 
     gate: str
     stages: tuple[str, ...]
-    before: Ref  # graph
-    after: Ref
 
 
 @dataclass
@@ -125,6 +140,7 @@ class Plan:
     metrics: dict[str, str] = field(default_factory=dict)  # stage name -> its val metrics
     segments: list[Segment] = field(default_factory=list)
     shipped: dict[str, Ref] = field(default_factory=dict)  # target -> chosen graph
+    races: dict[str, Choice] = field(default_factory=dict)  # target -> chosen engine, where runtimes were measured against each other
     baselines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what of the recipe is left out, and why
 
@@ -193,7 +209,8 @@ def _digest(ref: Ref, digests: Mapping[str, str | None], decisions: Mapping[str,
         return digests.get(ref)
     if ref.decision not in decisions:
         return None
-    return _digest(ref.after if decisions[ref.decision]["chosen"] == "after" else ref.before, digests, decisions)
+    chosen = ref.options.get(decisions[ref.decision]["chosen"])
+    return None if chosen is None else _digest(chosen, digests, decisions)
 
 
 def _sha(source: bytes) -> str:
@@ -209,6 +226,7 @@ class _Planner:
     def __init__(self, loaded: Loaded, gate: bool, cache_dir: Path | None):
         self.loaded, self.recipe, self.gate, self.cache_dir = loaded, loaded.recipe, gate, cache_dir
         self.plan = Plan(loaded)
+        self.unrounded: dict[str, Ref] = {}  # quantized graph -> the one that it was made from, in fp32
 
     def build(self) -> Plan:
         self.plan.targets = [_target(name, config) for name, config in self.recipe.targets.items()]
@@ -355,12 +373,12 @@ class _Planner:
     def _before_of(self, ref: Ref, table: Mapping[str, str]) -> Ref:
         """The engine or metrics that belong to a graph reference."""
         if isinstance(ref, Choice):
-            return Choice(ref.decision, self._before_of(ref.before, table), self._before_of(ref.after, table))
+            return ref.each(lambda option: self._before_of(option, table))
         owner = next(n for n, g in self.plan.graphs.items() if g == ref)
         return table[owner]
 
-    def _compile(self, name: str, graph: Ref, target: Target, unless: tuple[str, Ref] | None = None) -> str:
-        config = self._config("compile", **_place(target))
+    def _compile(self, name: str, graph: Ref, target: Target, unless: tuple[str, Ref] | None = None, *, optional: bool = False) -> str:
+        config = self._config("compile", **_place(target), optional=optional)
         runtime = {"runtime": _backend(target.backend).version(), "source": _sha(registry.source_of("backend", target.backend))}
         return self._add(name, "compile", config, {"graph": graph}, facts=runtime, unless=unless)
 
@@ -428,8 +446,8 @@ class _Planner:
             after_graph = self._export(recover.name, after, unless=skip_graph)
             self._measured(recover.name, after_graph, unless=skip_graph)
         gate = self._gate(name, graph, after_graph, note=widths)
-        self.plan.segments.append(Segment(gate, tuple(s.name for _, s in stages), graph, after_graph))
-        return Choice(gate, model, after), Choice(gate, graph, after_graph)
+        self.plan.segments.append(Segment(gate, tuple(s.name for _, s in stages)))
+        return Choice.of_gate(gate, model, after), Choice.of_gate(gate, graph, after_graph)
 
     def _quantum(self) -> int:
         """The multiple of channels that the first target prefers in the precision that will ship."""
@@ -452,44 +470,117 @@ class _Planner:
             accuracy_drop_max=self.recipe.accept.accuracy_drop_max,
             budget=budget.model_dump(mode="json"),
         )
-        reference = self.plan.metrics.get("teacher") or next(iter(self.plan.metrics.values()))
         inputs: dict[str, Ref] = {
             "before": self._before_of(before, self.plan.engines),
             "after": self._before_of(after, self.plan.engines),
             "before_metrics": self._before_of(before, self.plan.metrics),
             "after_metrics": self._before_of(after, self.plan.metrics),
-            "reference_metrics": reference,
+            "reference_metrics": self._reference(),
         }
         inputs |= {n: ref for n, ref in (("note?", note), ("kept?", kept)) if ref is not None}
         return self._add(f"{name}.gate", "gate", config, inputs, facts=self._task() | _here(), user=True)
 
+    def _reference(self) -> str:
+        """The val metrics that a loss is counted from."""
+        return self.plan.metrics.get("teacher") or next(iter(self.plan.metrics.values()))
+
     # ------------------------------------------------------------------------------------------------ targets
     def _target(self, target: Target, graph: Ref, model: Ref | None) -> None:
-        """Quantizing stages of one target, in the flavour that its device asks for."""
+        """What ships to one target: its quantizing stages one after the other, each gated, or a race between all candidates."""
+        if target.raced:
+            self._race(target, graph, model)
+            return
         current = graph
+        for settings in self._quantizing(target):
+            name = self._own_name(settings.name, target)
+            mix = self._mix(name, settings, target, current)
+            step, kept = self._quantized(name, settings, target, current, model, mix)
+            self._measured(name, step)
+            gate = self._gate(name, current, step, note=mix, kept=kept, target=target)
+            self.plan.segments.append(Segment(gate, (name,)))
+            current = Choice.of_gate(gate, current, step)
+        self.plan.shipped[target.name] = current
+
+    def _race(self, target: Target, graph: Ref, model: Ref | None) -> None:
+        """Every runtime here with the graph in fp32, quantized, and, where a search is asked for, quantized as the search found: the fastest ships."""
+        graphs: dict[str, Ref] = {}
+        stages: list[str] = []
+        made: dict[tuple[str, str], str] = {}  # (stage, flavour) -> graph: one file serves all runtimes that want the same
+        for backend in target.rivals:
+            place = target.on(backend)
+            quantizing = self._quantizing(place)
+            if target.config.precision != "int8" or not quantizing:
+                graphs[f"{backend} fp32"] = graph
+            for settings in quantizing:
+                key = (settings.name, place.device.flavour_for(backend))
+                if key not in made:
+                    name = self._own_name(settings.name, target, *([backend] if any(n == settings.name for n, _ in made) else []))
+                    made[key], _ = self._quantized(name, settings, place, graph, model, None)
+                    self._measured(name, made[key])
+                    stages.append(name)
+                graphs[f"{backend} {settings.name}"] = made[key]
+                name = self._own_name(settings.name, target, backend, "searched")
+                if mix := self._mix(name, settings, place, graph):
+                    graphs[f"{backend} {settings.name}, searched"] = self._quantized(name, settings, place, graph, model, mix)[0]
+        engines: dict[str, Ref] = {}
+        for name, ref in graphs.items():
+            step = f"{target.name}.{name.replace(', ', '.').replace(' ', '.')}.engine"
+            place = target.on(name.split(" ", 1)[0])
+            engines[name] = self._compile(
+                step, ref, place, optional=place.backend != target.backend
+            )  # of the first, the chain needs one anyway
+        config = self._config(
+            "race",
+            **_place(target),
+            candidates=tuple(graphs),
+            plain=tuple(n for n in graphs if graphs[n] is graph),
+            enabled=self.gate,
+            accuracy_drop_max=self.recipe.accept.accuracy_drop_max,
+            budget=target.config.budget.model_dump(mode="json"),
+        )
+        inputs: dict[str, Ref] = {
+            "data": "data",
+            "reference_metrics": self._reference(),
+            "start_metrics": self._before_of(graph, self.plan.metrics),
+        }
+        inputs |= {f"*{n}": e for n, e in engines.items()}
+        race = self._add(f"{target.name}.race", "race", config, inputs, facts=self._task() | _here(), user=True)
+        self.plan.segments += [Segment(race, tuple(stages))] if stages else []
+        self.plan.shipped[target.name] = Choice(race, graphs)
+        self.plan.races[target.name] = Choice(race, engines)
+
+    def _quantizing(self, target: Target) -> list[Settings]:
+        """The quantizing stages that a target takes."""
+        found = []
         for kind, settings in self.loaded.stages:
             if kind != "quantize" or target.config.precision == "fp32":
                 continue
             if (said := _refuses(target, settings)) is not None:
                 self.plan.notes.append(f"{target.name}: '{settings.name}' is left out, {said}")
                 continue
-            first = target is self.plan.targets[0]
-            name = settings.name if first else f"{settings.name}@{target.name}"
-            flavour: dict[str, Any] = {"flavour": target.device.flavour_for(target.backend)}
-            inputs: dict[str, Ref] = {"graph": current, "data": "data"}
-            if model is not None and _trains(settings):
-                inputs |= self._trained(settings, model, flavour)
-            if mix := self._mix(name, settings, target, current, flavour):
-                inputs["mix?"] = mix
-            if kept := self._kept(name, settings, inputs, flavour):
-                inputs["kept?"] = kept
-            step = self._add(name, "quantize", None, inputs, settings=settings, facts=flavour, user=True)
-            self.plan.graphs[name] = step
-            self._measured(name, step)
-            gate = self._gate(name, current, step, note=mix, kept=kept, target=target)
-            self.plan.segments.append(Segment(gate, (name,), current, step))
-            current = Choice(gate, current, step)
-        self.plan.shipped[target.name] = current
+            found.append(settings)
+        return found
+
+    def _own_name(self, stage: str, target: Target, *parts: str) -> str:
+        """A step's name for one target: the stage's own for the first."""
+        place = [] if target.name == self.plan.targets[0].name else [target.name]
+        return "@".join([stage, ".".join([*place, *parts])]) if place or parts else stage
+
+    def _quantized(
+        self, name: str, settings: Settings, target: Target, graph: Ref, model: Ref | None, mix: str | None
+    ) -> tuple[str, str | None]:
+        """The step that quantizes a graph in the flavour that the target asks for, and the trial that found nodes to keep."""
+        flavour = {"flavour": target.device.flavour_for(target.backend)}
+        inputs: dict[str, Ref] = {"graph": graph, "data": "data"}
+        if model is not None and _trains(settings):
+            inputs |= self._trained(settings, model, flavour)
+        self.unrounded[name] = inputs["graph"]
+        if mix is not None:
+            inputs["mix?"] = mix
+        if kept := self._kept(name, settings, inputs, flavour):
+            inputs["kept?"] = kept
+        self.plan.graphs[name] = self._add(name, "quantize", None, inputs, settings=settings, facts=flavour, user=True)
+        return name, kept
 
     def _trained(self, settings: Settings, model: Ref, flavour: dict[str, Any]) -> dict[str, Ref]:
         """What a quantizer that trains gives every target: the model on its grid, and its export."""
@@ -501,7 +592,7 @@ class _Planner:
             self._export(name, name)
         return {"graph": self.plan.graphs[name], "grid?": name}
 
-    def _mix(self, name: str, settings: Settings, target: Target, graph: Ref, flavour: dict[str, Any]) -> str | None:
+    def _mix(self, name: str, settings: Settings, target: Target, graph: Ref) -> str | None:
         """The search for the operators that are worth quantizing, where the recipe asks for one and the target can be measured."""
         evaluations = getattr(settings.config, "search", 0)
         if not evaluations:
@@ -510,7 +601,8 @@ class _Planner:
             raise RecipeError([f"{settings.name}.search: {settings.method} has no operators to choose from"], hint="method: ptq")
         why = "a search needs the device" if not target.runs_here else "the budget names the size" if target.config.budget.size_mb else ""
         if why:
-            self.plan.notes.append(f"{target.name}: '{settings.name}' quantizes everything, {why}")
+            note = f"{target.name}: '{settings.name}' quantizes everything, {why}"
+            self.plan.notes += [note] if note not in self.plan.notes else []
             return None
         config = self._config("mix", **_place(target), evaluations=evaluations, accuracy_drop_max=self.recipe.accept.accuracy_drop_max)
         return self._add(
@@ -519,7 +611,7 @@ class _Planner:
             None,
             {"graph": graph, "data": "data"},
             settings=Settings(f"{name}.mix", config, settings.method, settings.method_config),
-            facts=flavour | self._task() | _here(),
+            facts={"flavour": target.device.flavour_for(target.backend)} | self._task() | _here(),
             user=True,
         )
 
@@ -554,7 +646,11 @@ class _Planner:
             if (missing := _backend(target.backend).builds_for(target.device)) is not None:
                 self.plan.notes.append(f"{target.name}: no engine is built here. {missing}")
             plain = judge if not _backend(judge.backend).builds else _host(judge)  # never the engine of another device
-            engine = self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else plain)
+            engine: Ref = (
+                self.plan.races[target.name]
+                if target.raced
+                else self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else plain)
+            )
             run_engine = engine if runner is target else self._compile(f"{target.name}.check", graph, judge)
             test_inputs: dict[str, Ref] = {"engine": run_engine, "data": "data"}
             teacher_test = self._tested("teacher")
@@ -576,11 +672,11 @@ class _Planner:
             bundle_config = self._config(
                 "bundle",
                 target=target.name,
-                backend=target.backend,
+                backend="auto" if target.raced else target.backend,
                 recipe=self.loaded.name,
                 threads=target.config.threads,
                 provenance=self._provenance(),
-                build=_build_facts(target),
+                build={name: facts for name in target.rivals or (target.backend,) if (facts := _build_facts(target.on(name)))},
             )
             inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "test": test, "parity": parity}
             self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts=self._task() | _here(), user=True)
@@ -598,26 +694,24 @@ class _Planner:
         model = self._model_of(fp32)
         if model is not None:
             inputs["model?"] = model
-        if target.runs_here and target.backend != "onnxruntime":  # onnxruntime is what the rungs before were run on
+        if target.runs_here:
             inputs["engine?"] = engine
         return self._add(f"{target.name}.parity", "parity", None, inputs, facts=self._task() | _here())
 
     def _fp32_of(self, ref: Ref) -> Ref:
         """The same choice without quantized graphs: what went into them."""
-        quantized = {
-            n: s for k, s in self.loaded.stages if k == "quantize" for n in (s.name, *(f"{s.name}@{t.name}" for t in self.plan.targets))
-        }
-        if not isinstance(ref, Choice) or (settings := quantized.get(ref.decision.removesuffix(".gate"))) is None:
-            return ref
-        before = self._fp32_of(ref.before)
-        trained = self.plan.graphs.get(f"{settings.name}.train")
-        return Choice(ref.decision, before, trained) if trained else before
+        if isinstance(ref, str):
+            return self._fp32_of(self.unrounded[ref]) if ref in self.unrounded else ref
+        found = ref.each(self._fp32_of)
+        first, *others = found.options.values()
+        return first if all(other == first for other in others) else found
 
     def _model_of(self, ref: Ref) -> Ref | None:
-        if isinstance(ref, Choice):
-            before, after = self._model_of(ref.before), self._model_of(ref.after)
-            return Choice(ref.decision, before, after) if before and after else None
-        return self.plan.step(ref).inputs.get("model")
+        """The model that a graph in fp32 was exported from; None where one of them came as a file."""
+        if isinstance(ref, str):
+            return self.plan.step(ref).inputs.get("model")
+        found = {name: model for name, option in ref.options.items() if (model := self._model_of(option))}
+        return Choice(ref.decision, found) if len(found) == len(ref.options) else None
 
     def _tested(self, name: str) -> str | None:
         """The step that reads a reference on test (the teacher, a baseline), or None where there is no such reference."""
@@ -737,7 +831,15 @@ def _target(name: str, config: TargetConfig) -> Target:
         raise RecipeError(problems, hint=f"see them: edgekd methods show {backend}") from error
     if same_machine(device) and (missing := _backend(backend).available()) is not None:
         raise BackendError(missing, where=f"targets.{name}", hint="install it, or backend: onnxruntime")
-    return Target(name, config, device, backend, _backend(backend).runs_on(device))
+    return Target(name, config, device, backend, _backend(backend).runs_on(device), _rivals(backend, config, device))
+
+
+def _rivals(first: str, config: TargetConfig, device: DeviceProfile) -> tuple[str, ...]:
+    """Runtimes of a target that leaves its runtime open, where they run here and take its options: the first one, then the others."""
+    if config.backend != "auto" or not _backend(first).runs_on(device):
+        return ()
+    names = [r.name for r in device.runtimes if r.name != first and r.name in registry.names("backend")]
+    return (first, *(n for n in names if _backend(n).runs_on(device) and not set(config.options) - set(_backend(n).Options.model_fields)))
 
 
 def _auto_backend(device: DeviceProfile) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind, digest_of
+from edgekd.errors import InputRefused
 from edgekd.plan import Plan, Ref, Step
 from edgekd.safeio.files import resource_errors
 from edgekd.stages._stage import read_decision, write_decision
@@ -30,10 +31,15 @@ class Done:
         """The artifact that a reference stands for, through the decisions of gates."""
         if isinstance(ref, str):
             return self.artifacts[ref]
-        return self.resolve(ref.after if self.chose_after(ref.decision) else ref.before)
+        chosen = self.chosen(ref.decision)
+        if chosen not in ref.options:  # a replayed decision of another machine or recipe
+            raise InputRefused(
+                f"the decision is '{chosen}'", where=ref.decision, expected=f"one of {', '.join(ref.options)}", hint="run without --replay"
+            )
+        return self.resolve(ref.options[chosen])
 
-    def chose_after(self, decision: str) -> bool:
-        return bool(read_decision(self.artifacts[decision])["chosen"] == "after")
+    def chosen(self, decision: str) -> str:
+        return str(read_decision(self.artifacts[decision])["chosen"])
 
 
 def execute(plan: Plan, ctx: Context) -> Done:
@@ -41,7 +47,7 @@ def execute(plan: Plan, ctx: Context) -> Done:
     done, total = Done(), len(plan.steps)
     for number, step in enumerate(plan.steps, 1):
         ctx.stop.check()
-        if step.unless and not done.chose_after(step.unless[0]):
+        if step.unless and done.chosen(step.unless[0]) == "before":
             done.artifacts[step.name] = done.resolve(step.unless[1])
             done.skipped.add(step.name)
             continue

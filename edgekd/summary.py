@@ -180,13 +180,13 @@ class _Summary:
         bundle, test = self.done.artifacts[f"{name}.bundle"], self.done.artifacts[f"{name}.test"].json("metrics.json")
         trace = self.done.artifacts[f"{name}.profile"].json("trace.json")["latency"]["shipped"]
         graph = self.done.resolve(self.plan.shipped[name])
-        measured = target.runs_here
+        measured, race = target.runs_here, self.plan.races.get(name)
         latency = {k: trace[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if measured and trace["p50"] is not None else None
         size = int(bundle.meta["size_bytes"])
         missed, reason = self._budget(target, latency, size)
         row: dict[str, Any] = {
             "device": name,
-            "backend": target.backend,
+            "backend": self.done.resolve(race).json("engine.json")["backend"] if race else target.backend,
             "precision": graph.json("graph.json")["precision"],
             "measured": measured,
             "latency_ms": latency,
@@ -201,6 +201,9 @@ class _Summary:
             "threads": target.config.threads,
             "batch": graph.json("graph.json")["fixed_batch"] or target.config.batch,
         }
+        if race:
+            decision = read_decision(self.done.artifacts[race.decision])
+            row["candidates"] = [c | {"chosen": c["name"] == decision["chosen"]} for c in decision["rows"]]
         if not measured:
             row |= {
                 "budget_met": None,

@@ -14,7 +14,19 @@ from typing import Any
 
 from edgekd.report import plots, text
 from edgekd.report.page import page
-from edgekd.report.summary import StageRow, TargetRow, acceptance, metrics, next_steps, outcome, ratio, stage_rows, target_rows, title
+from edgekd.report.summary import (
+    StageRow,
+    TargetRow,
+    acceptance,
+    candidate_rows,
+    metrics,
+    next_steps,
+    outcome,
+    ratio,
+    stage_rows,
+    target_rows,
+    title,
+)
 
 _MAX_OPERATORS = 15
 _MAX_CONFUSIONS = 20
@@ -25,6 +37,10 @@ _CHART_NOTE = (
 _LATENCY_NOTE = (
     "Each model has its own axis. One narrow peak is a steady measurement; "
     "several peaks or a long tail mean a machine that is shared or throttles."
+)
+_CANDIDATE_NOTE = (
+    "Measured together on this machine, interleaved; the fastest inside the accuracy limit that meets the budget ships, "
+    "and of equals the smallest file. Points on val are against the graph that all of them were made from."
 )
 _MARKS = {  # a word and a sign beside each colour
     "accepted": ("good", "✓"),
@@ -170,6 +186,17 @@ def _target_cells(row: TargetRow, metric: str) -> list[str]:
     return [_td(row.device), _td(row.backend), _td(row.precision), *figures, *judged]
 
 
+def _candidates(run: Run, _: Figures) -> str:
+    headers = ["candidate", "precision", "p50 [95 %]", "latency against the first", "points on val", "size", ""]
+    parts = []
+    for device, rows in candidate_rows(run).items():
+        cells = [
+            [_td(r.name), _td(r.precision), *(_td(v, "num") for v in (r.latency, r.against, r.change, r.size)), _td(r.word)] for r in rows
+        ]
+        parts.append(f"<h3>{_e(device)}</h3>" + _table(headers, cells))
+    return "".join(parts) + (_note(_CANDIDATE_NOTE) if parts else "")
+
+
 def _curves(run: Run, figures: Figures) -> str:
     drawn = [(name, plots.curves(rows)) for name, rows in (run.get("curves") or {}).items() if rows]
     return "".join(f"<h3>{_e(name)}</h3>" + _plot(figures, figure, f"Loss curves of {name}") for name, figure in drawn)
@@ -283,6 +310,7 @@ _SECTIONS: list[tuple[str, Callable[[Run, Figures], str], str]] = [
     ("Accuracy against latency", _chart, "There is no chart: fewer than two models of this run have both a metric and a measured latency."),
     ("Stages", _stages, "This run holds no stages."),
     ("Targets", _targets, "This run holds no targets."),
+    ("Runtimes and precisions measured", _candidates, "No target left its runtime open, or only one runtime is installed here."),
     ("Training", _curves, "There are no loss curves: this run recorded no training."),
     ("Latency distribution", _latencies, "There is no distribution: no latency samples were recorded."),
     ("Confusion on test", _confusion, "There is no confusion matrix: none was recorded."),

@@ -52,6 +52,18 @@ class TargetRow(NamedTuple):
     bundle: str
 
 
+class CandidateRow(NamedTuple):
+    """One runtime and form of the graph that was measured for a target."""
+
+    name: str
+    precision: str
+    latency: str
+    against: str  # latency relative to the first candidate's
+    change: str  # of accuracy on val
+    size: str
+    word: str  # ships | refused | nothing
+
+
 def summary(run: dict[str, Any]) -> RenderableType:
     """What the console shows at the end of a run: stages, reasons, targets, warnings, headline; for 80 columns and without colour, too."""
     from rich.console import Group  # rich takes 60 ms that --json need not pay
@@ -61,6 +73,7 @@ def summary(run: dict[str, Any]) -> RenderableType:
         parts += [_stage_table(stages), *_reasons(stages)]
     if targets := target_rows(run):
         parts += [_target_table(targets), *_target_reasons(targets)]
+    parts += [_candidate_table(rows) for rows in candidate_rows(run).values()]
     parts += [_line("warning: ", str(w), "yellow") for w in run.get("warnings") or []]
     parts += [_line(f"{name}: ", words, "") for name, words in next_steps(run)]
     parts.append(_line("", headline(run), "bold"))
@@ -113,6 +126,16 @@ def stage_rows(run: dict[str, Any]) -> list[StageRow]:
 def target_rows(run: dict[str, Any]) -> list[TargetRow]:
     """The targets in order, every cell a clean string; measured and predicted latencies never share a row."""
     return [_target_row(target) for target in run.get("targets") or []]
+
+
+def candidate_rows(run: dict[str, Any]) -> dict[str, list[CandidateRow]]:
+    """Device -> what was raced there, fastest first; only devices whose runtime was chosen by measuring."""
+    found = {}
+    for target in run.get("targets") or []:
+        if raced := target.get("candidates"):
+            rows = sorted(raced, key=lambda c: (text.number(c.get("ratio")) is None, text.number(c.get("ratio")) or 0.0))
+            found[clean(str(target.get("device")))] = [_candidate_row(row) for row in rows]
+    return found
 
 
 def metrics(rows: Sequence[StageRow | TargetRow]) -> tuple[str, list[str]]:
@@ -191,6 +214,19 @@ def _metric_name(item: dict[str, Any]) -> str:
     return text.shorten(_cell(item.get("metric_name")), _MAX_NAME_CHARS)
 
 
+def _candidate_row(row: dict[str, Any]) -> CandidateRow:
+    ratio_, drop = text.number(row.get("ratio")), text.number(row.get("drop"))
+    return CandidateRow(
+        name=_cell(row.get("name")),
+        precision=_cell(row.get("precision")),
+        latency=text.latency(row.get("latency_ms")),
+        against=text.NONE if ratio_ is None else f"{ratio_:.2f}x",
+        change=text.NONE if drop is None else f"{0.0 - drop * 100:+.2f}",
+        size=text.size(row.get("size_bytes")),
+        word=f"refused: {clean(str(row['refused']))}" if row.get("refused") else "ships" if row.get("chosen") else "",
+    )
+
+
 def _target_row(target: dict[str, Any]) -> TargetRow:
     measured, guess = bool(target.get("measured")), text.predicted(target.get("predicted_ms"))
     budget = ", ".join(_limit(str(k), v) for k, v in (target.get("budget") or {}).items() if v is not None)
@@ -240,6 +276,14 @@ def _target_table(rows: list[TargetRow]) -> Table:
         shown = row.source if row.latency == text.NONE else row.latency.split(" [")[0]
         style = "" if row.source == "measured" else "italic"
         table.add_row(*map(_text, cells), _text(shown, style), _text(row.verdict, _STYLES.get(row.verdict, "")))
+    return table
+
+
+def _candidate_table(rows: list[CandidateRow]) -> Table:
+    table = _table("candidate", "precision", "p50", "latency", "points on val", "size", "", fold=("candidate", "precision", "p50"))
+    for row in rows:
+        cells = [row.name, row.precision, row.latency.split(" [")[0], row.against, row.change, row.size]
+        table.add_row(*map(_text, cells), _text(row.word, _STYLES.get("kept", "") if row.word == "ships" else ""))
     return table
 
 

@@ -37,11 +37,13 @@ _TOLERANCE = {
 class Bundle:
     class Config(Base):
         target: str = Field(description="name of the target")
-        backend: str = Field(description="runtime of the target")
+        backend: str = Field(description="runtime of the target; auto: the engine's")
         recipe: str = Field(description="name of the recipe")
         threads: int = Field(1, ge=1, description="threads of the runtime")
         provenance: dict[str, Any] = Field(default_factory=dict, description="architectures and library versions")
-        build: dict[str, Any] = Field(default_factory=dict, description="how the device builds its engine; empty where it needs none")
+        build: dict[str, dict[str, Any]] = Field(
+            default_factory=dict, description="runtime -> how the device builds its engine; empty for those that need none"
+        )
 
     takes: Mapping[str, Kind] = {
         "graph": Kind.GRAPH,
@@ -67,6 +69,8 @@ class Bundle:
         facts, index = graph.json(FACTS), inputs["data"].json("index.json")
         shutil.copyfile(graph.path / GRAPH, folder / "model.onnx")
         model_file = str(engine.json(ENGINE)["model_file"])
+        backend = str(engine.json(ENGINE)["backend"]) if config.backend == "auto" else config.backend
+        build = config.build.get(backend, {})
         if not model_file.endswith(".onnx"):
             shutil.copyfile(engine.path / model_file, folder / model_file)
         settings_ = {n: facts[n] for n in ("image_size", "mean", "std")} | {n: index[n] for n in ("resize", "interpolation")}
@@ -83,14 +87,14 @@ class Bundle:
             "preprocess": settings_,
             "postprocess": task_of(settings).postprocess(),
             "labels": list(dataset.classes),
-            "build": config.build,
+            "build": build,
             "tolerance": _TOLERANCE[facts["precision"]] * _write_samples(folder / "samples.npz", graph, dataset, ctx),
         }
         write_facts(folder, body)
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
-        for script in ("predict.py", *(["build.py"] if config.build else [])):
+        for script in ("predict.py", *(["build.py"] if build else [])):
             (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(script).read_bytes())
-        (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs), encoding="utf-8")
+        (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs, backend, build), encoding="utf-8")
         card = model_card(
             body,
             recipe=config.recipe,
@@ -110,7 +114,7 @@ class Bundle:
             {
                 "recipe": config.recipe,
                 "target": config.target,
-                "backend": config.backend,
+                "backend": backend,
                 "precision": facts["precision"],
                 "metrics": inputs["test"].json(METRICS)["metrics"],
                 "data": inputs["data"].meta.get("fingerprint"),
@@ -136,14 +140,14 @@ def _write_samples(path: Path, graph: Artifact, dataset: Any, ctx: Context) -> f
     return float(np.abs(outputs).max())
 
 
-def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> str:
+def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact], backend: str, build: Mapping[str, Any]) -> str:
     metrics = inputs["test"].json(METRICS)
     shown = ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics["metrics"].items()))
     origin = "\n".join(f"- {k}: {v}" for k, v in sorted(config.provenance.items()))
-    engine = f"\n{_engine_section(config.build, facts)}" if config.build else ""
+    engine = f"\n{_engine_section(build, facts)}" if build else ""
     return f"""# What this is
 
-Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}` ({config.backend}, {facts["precision"]}).
+Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}` ({backend}, {facts["precision"]}).
 
 - test metrics of this file, {metrics["samples"]} images: {shown}
 - data fingerprint: {inputs["data"].meta.get("fingerprint")}

@@ -12,6 +12,7 @@ from pydantic import Field
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
+from edgekd.errors import BackendError
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
 from edgekd.stages.export import FACTS, GRAPH
@@ -35,7 +36,9 @@ class RunConfig(Base):
 
 @register("stage")
 class Compile:
-    Config = RunConfig
+    class Config(RunConfig):
+        optional: bool = Field(False, description="True: a graph that the runtime refuses is recorded with the reason, and the run goes on")
+
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH}
     gives = Kind.ENGINE
     version = 1
@@ -44,11 +47,16 @@ class Compile:
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.profile.device import load_device
 
-        config = settings.typed(RunConfig)
-        backend = registry.load("backend", config.backend)()
-        meta: dict[str, Any] = backend.convert(
-            inputs["graph"].path / GRAPH, load_device(config.device), out, config.options, batch=config.batch
-        )
+        config = settings.typed(self.Config)
+        backend, graph = registry.load("backend", config.backend)(), inputs["graph"].path / GRAPH
+        try:
+            meta: dict[str, Any] = backend.convert(graph, load_device(config.device), out, config.options, batch=config.batch)
+        except BackendError as problem:
+            if not config.optional:
+                raise
+            ctx.console.warn(f"{config.backend} refuses the graph: {problem.what}")
+            (out / ENGINE).write_text(json.dumps({"backend": config.backend, "refused": problem.what}), encoding="utf-8")
+            return {"refused": problem.what}
         facts = inputs["graph"].json(FACTS) | {
             "device": config.device,
             "backend": config.backend,
@@ -61,10 +69,12 @@ class Compile:
 
 
 def open_engine(engine: Artifact, *, threads: int | None = None) -> tuple[Session, dict[str, Any]]:
-    """A session of an engine on this machine, and the engine's facts."""
+    """A session of an engine on this machine, and the engine's facts; raises BackendError for one that was refused."""
     from edgekd.profile.device import load_device
 
     facts: dict[str, Any] = engine.json(ENGINE)
+    if "refused" in facts:
+        raise BackendError(facts["refused"], where=facts["backend"])
     backend = registry.load("backend", facts["backend"])()
     session: Session = backend.open(
         engine.path / facts["model_file"], threads=threads or facts["threads"], device=load_device(facts["device"])

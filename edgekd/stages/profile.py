@@ -50,9 +50,9 @@ class Profile:
         }
         shipped = engines["shipped"]
         name, facts = unique[shipped.digest], opened[unique[shipped.digest]][1]
-        backend, file = registry.load("backend", config.backend)(), shipped.path / facts["model_file"]
+        backend, file = registry.load("backend", facts["backend"])(), shipped.path / facts["model_file"]
         device = load_device(config.device)
-        footprint = load_facts(file, config.backend, device=device, feeds=feeds[name], threads=config.threads)
+        footprint = load_facts(file, facts["backend"], device=device, feeds=feeds[name], threads=config.threads)
         layers = (
             [asdict(layer) for layer in backend.layers(file, feeds[name], config.threads, device)] if hasattr(backend, "layers") else []
         )

@@ -7,8 +7,10 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edgekd.gate import Evidence, judge, paired_drop, wants_of
+from edgekd.gate import Candidate, Evidence, judge, paired_drop, pick, wants_of
 
 
 def evidence(**changes: object) -> Evidence:
@@ -104,3 +106,65 @@ def test_what_a_budget_names() -> None:
     assert wants_of({"p50_ms": None, "p95_ms": 3.0, "size_mb": None}) == {"latency"}
     assert wants_of({"size_mb": 1.0}) == {"size"}
     assert wants_of({}) == frozenset()
+
+
+# ------------------------------------------------------------------------------------------------------------ races
+def candidate(name: str, ratio: float | None, size: int = 1000, drop: float = 0.0, missed: int = 0) -> Candidate:
+    ci = None if ratio is None else (ratio * 0.99, ratio * 1.01)
+    return Candidate(name, size, ratio, ci, drop, (drop - 0.005, drop + 0.005), rounded="int8" in name, missed=missed)
+
+
+FIRST = candidate("ort fp32", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("others", "chosen", "words"),
+    [
+        ([candidate("ort int8", 0.5, 250), candidate("ov int8", 0.4, 250)], "ov int8", "2.50x faster, 4.00x smaller"),
+        ([candidate("ov fp32", 0.7), candidate("ov int8", 0.4, 250, drop=0.02)], "ov fp32", "'ov int8' is faster (0.40x) and loses more"),
+        ([candidate("ov int8", 0.4, 250, drop=0.008)], "ort fp32", "may lose more accuracy"),
+        ([candidate("ort int8", 1.01, 250)], "ort int8", "1.01x the latency, 4.00x smaller"),  # as fast, within tolerance, and smaller
+        ([candidate("ort int8", 1.1, 250)], "ort fp32", "'ort fp32' ships"),
+        ([candidate("ov fp32", None), candidate("ort int8", None, 250)], "ort fp32", "'ort fp32' ships"),  # what was not timed cannot win
+        (
+            [candidate("ov fp32", 0.5, drop=0.3)],
+            "ort fp32",
+            "'ov fp32' is faster (0.50x) and loses more",
+        ),  # a runtime that computes wrongly
+    ],
+)
+def test_a_race_ships_the_fastest_inside_the_limit(others: list[Candidate], chosen: str, words: str) -> None:
+    found, reason = pick([FIRST, *others], 0.01)
+    assert found.name == chosen
+    assert words in reason
+
+
+def test_a_race_meets_the_budget_before_it_is_fast() -> None:
+    first = candidate("ort fp32", 1.0, missed=1)
+    found, reason = pick([first, candidate("ort int8", 1.2, 250)], 0.01)
+    assert found.name == "ort int8"
+    assert "'ort fp32' is faster (1.00x) and misses more of the budget" in reason
+
+
+def test_what_came_in_beyond_the_limit_still_races_in_fp32_and_not_rounded() -> None:
+    found, _ = pick([FIRST, candidate("ov fp32", 0.5), candidate("ov int8", 0.1, 250)], -0.02)
+    assert found.name == "ov fp32"
+
+
+def test_without_a_gate_the_fastest_rounded_graph_ships_whatever_it_loses() -> None:
+    found, reason = pick([FIRST, candidate("ov int8", 1.5, 250, drop=0.4)], 0.01, enabled=False)
+    assert found.name == "ov int8"
+    assert "is not rounded" in reason
+    assert pick([FIRST, candidate("ov fp32", 0.5)], 0.01, enabled=False)[0].name == "ov fp32"
+
+
+@given(st.data())
+def test_what_ships_is_never_beaten_by_another_that_was_allowed(data: st.DataObject) -> None:
+    names = ["ort fp32", "ov fp32", "ort int8", "ov int8"]
+    rest = [
+        candidate(n, data.draw(st.floats(0.1, 3)), data.draw(st.integers(1, 2000)), data.draw(st.floats(-0.05, 0.05))) for n in names[1:]
+    ]
+    chosen, _ = pick([FIRST, *rest], 0.01)
+    for other in (FIRST, *rest):
+        allowed = other.drop_ci[1] <= 0.01 if other.rounded else other.drop_ci[0] <= 0.01
+        assert not (allowed and other.ratio < 0.98 * chosen.ratio), (chosen, other)  # type: ignore[operator]

@@ -12,6 +12,7 @@ import pytest
 
 from edgekd import registry
 from edgekd.artifact import Kind, Manifest, digest_of
+from edgekd.backends.openvino import OpenVino
 from edgekd.config import Config
 from edgekd.errors import BackendError, CheckpointRefused, FileMissing
 from edgekd.forecast import forecast
@@ -52,6 +53,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("model.onnx", "teacher.safetensors"):
         (tmp_path / name).write_bytes(name.encode())  # planning hashes these files and reads no further
+    monkeypatch.setattr(OpenVino, "available", lambda self: "not installed")  # whatever this machine has
     return tmp_path
 
 
@@ -253,15 +255,15 @@ def refs(ref: Ref) -> Iterator[str]:
     if isinstance(ref, str):
         yield ref
     else:
-        yield from refs(ref.before)
-        yield from refs(ref.after)
+        for option in ref.options.values():
+            yield from refs(option)
 
 
 def decisions(ref: Ref) -> Iterator[str]:
     if isinstance(ref, Choice):
         yield ref.decision
-        yield from decisions(ref.before)
-        yield from decisions(ref.after)
+        for option in ref.options.values():
+            yield from decisions(option)
 
 
 def asked(step: Step, name: str) -> Kind:
@@ -311,11 +313,66 @@ def test_what_ships_goes_through_every_gate_of_its_target(recipe: str) -> None:
 
 def test_a_second_segment_starts_from_what_the_first_gate_chose() -> None:
     plan = planned("two prunes")
-    chosen = Choice("prune.gate", "distill", "recover")
+    chosen = Choice.of_gate("prune.gate", "distill", "recover")
     assert plan.step("again").inputs["model"] == chosen
     assert plan.step("again").unless == ("again.widths", chosen)
-    assert plan.step("again.gate").inputs["before"] == Choice("prune.gate", "distill.engine", "recover.engine")
-    assert plan.step("again.engine").unless == ("again.widths", Choice("prune.gate", "distill.engine", "recover.engine"))
+    assert plan.step("again.gate").inputs["before"] == Choice.of_gate("prune.gate", "distill.engine", "recover.engine")
+    assert plan.step("again.engine").unless == ("again.widths", Choice.of_gate("prune.gate", "distill.engine", "recover.engine"))
+
+
+# ------------------------------------------------------------------------------------------------------------ races
+@pytest.fixture
+def two_runtimes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVino, "available", lambda self: None)
+
+
+@pytest.mark.usefixtures("two_runtimes")
+def test_where_two_runtimes_are_here_all_of_their_graphs_race() -> None:
+    plan = planned("ONNX file", "quantize.search=8")
+    candidates = plan.races["host"].options
+    assert list(candidates) == [f"{b} {form}" for b in ("onnxruntime", "openvino") for form in ("fp32", "quantize", "quantize, searched")]
+    chosen = plan.shipped["host"]
+    assert isinstance(chosen, Choice)
+    assert chosen.options["onnxruntime quantize"] == chosen.options["openvino quantize"] == "quantize"  # one flavour, one file
+    assert chosen.options["openvino fp32"] == "model"
+    searches = {s.name: s.settings.config.backend for s in plan.steps if s.stage == "mix"}  # type: ignore[attr-defined]
+    assert sorted(searches.values()) == ["onnxruntime", "openvino"]
+    assert plan.step("host.bundle").inputs["engine"] == Choice("host.race", candidates)
+    assert plan.step("host.parity").inputs["fp32"] == "model"
+    assert "quantize.gate" not in {s.name for s in plan.steps}
+
+
+@pytest.mark.usefixtures("two_runtimes")
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("targets.host.precision=fp32", ["onnxruntime fp32", "openvino fp32"]),
+        ("targets.host.precision=int8", ["onnxruntime quantize", "openvino quantize"]),
+        ("targets.host.backend=openvino", None),
+        ("targets.host.backend=onnxruntime", None),
+    ],
+)
+def test_a_target_that_settles_its_runtime_or_precision_races_what_it_left_open(override: str, expected: list[str] | None) -> None:
+    plan = planned("quantized only", override)
+    assert (list(plan.races["host"].options) if plan.races else None) == expected
+
+
+@pytest.mark.usefixtures("two_runtimes")
+def test_a_trained_quantizer_races_against_the_graph_that_it_was_not_trained_from() -> None:
+    plan = planned("rounded in training")
+    before = Choice.of_gate("prune.gate", "distill.export", "recover.export")
+    fp32 = plan.step("host.parity").inputs["fp32"]
+    assert isinstance(fp32, Choice)
+    assert fp32.options["openvino fp32"] == before
+    assert fp32.options["openvino quantize"] == "quantize.train.export"
+    assert "rpi5" not in plan.races
+
+
+@pytest.mark.usefixtures("two_runtimes")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_races_are_wired_by_kind_too(recipe: str) -> None:
+    test_every_input_is_of_the_kind_that_its_stage_takes_and_made_before(recipe)
+    test_every_step_has_all_inputs_that_its_stage_must_have(recipe)
 
 
 # ------------------------------------------------------------------------------------------------------------ keys
@@ -324,7 +381,7 @@ def keys(plan: Plan, seed: int | None = None) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def digest(ref: Ref) -> str:
-        return found[ref] if isinstance(ref, str) else digest(ref.after)
+        return found[ref] if isinstance(ref, str) else digest(ref.options["after"])
 
     for step in plan.steps:
         found[step.name] = step.key({n: digest(r) for n, r in step.inputs.items()}, plan.loaded.recipe.seed if seed is None else seed)
@@ -422,15 +479,15 @@ def test_an_onnx_file_that_changed_changes_its_key(here: Path) -> None:
 
 def test_a_trained_quantizer_compares_with_what_it_trained() -> None:
     plan = planned("rounded in training")
-    before = Choice("prune.gate", "distill.export", "recover.export")
+    before = Choice.of_gate("prune.gate", "distill.export", "recover.export")
     for name, target in (("quantize", "host"), ("quantize@rpi5", "rpi5")):
         inputs = plan.step(name).inputs
         assert (inputs["graph"], inputs["grid?"]) == ("quantize.train.export", "quantize.train")
-        assert plan.step(f"{target}.parity").inputs["fp32"] == Choice(f"{name}.gate", before, "quantize.train.export")
-        assert plan.shipped[target] == Choice(f"{name}.gate", before, name)
+        assert plan.step(f"{target}.parity").inputs["fp32"] == Choice.of_gate(f"{name}.gate", before, "quantize.train.export")
+        assert plan.shipped[target] == Choice.of_gate(f"{name}.gate", before, name)
     training = plan.step("quantize.train")
     assert training.inputs["teacher?"] == "teacher"
-    assert training.inputs["model"] == Choice("prune.gate", "distill", "recover")
+    assert training.inputs["model"] == Choice.of_gate("prune.gate", "distill", "recover")
     assert plan.step("quantize@rpi5").settings.facts["flavour"] == "s8s8"
 
 
