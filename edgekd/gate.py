@@ -111,7 +111,8 @@ def pick(candidates: Sequence[Candidate], allowed: float, *, enabled: bool = Tru
         why = (
             "misses more of the budget"
             if fastest in inside and fastest.missed > fewest
-            else f"{'loses' if fastest.drop_ci[0] > allowed else 'may lose'} more accuracy than is left ({_drop_words(fastest.drop, fastest.drop_ci)})"
+            else f"{'loses' if fastest.drop_ci[0] > allowed else 'may lose'} more than the {max(allowed, 0) * 100:.2f} points that are left"
+            f" ({_drop_words(fastest.drop, fastest.drop_ci)})"
             if fastest not in inside and enabled
             else "is not rounded"
         )

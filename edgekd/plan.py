@@ -127,6 +127,19 @@ class Segment:
     stages: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Race:
+    """The candidates of a target that leaves its runtime open: name -> graph, and name -> engine."""
+
+    decision: str
+    graphs: Mapping[str, Ref]
+    engines: Mapping[str, Ref]
+
+    @property
+    def engine(self) -> Choice:
+        return Choice(self.decision, self.engines)
+
+
 @dataclass
 class Plan:
     """Steps in order, and which of them the run's summary speaks of."""
@@ -140,7 +153,7 @@ class Plan:
     metrics: dict[str, str] = field(default_factory=dict)  # stage name -> its val metrics
     segments: list[Segment] = field(default_factory=list)
     shipped: dict[str, Ref] = field(default_factory=dict)  # target -> chosen graph
-    races: dict[str, Choice] = field(default_factory=dict)  # target -> chosen engine, where runtimes were measured against each other
+    races: dict[str, Race] = field(default_factory=dict)  # target -> how its runtime is chosen, where it leaves that open
     baselines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what of the recipe is left out, and why
 
@@ -457,9 +470,7 @@ class _Planner:
         ]
         return first.device.channel_multiple(needs[-1] if needs else "fp32")
 
-    def _gate(
-        self, name: str, before: Ref, after: Ref, *, note: str | None = None, kept: str | None = None, target: Target | None = None
-    ) -> str:
+    def _gate(self, name: str, before: Ref, after: Ref, *, note: str | None = None, target: Target | None = None) -> str:
         budget = (target or self.plan.targets[0]).config.budget
         timed = self.plan.targets[0].runs_here and (target is None or target.runs_here)
         config = self._config(
@@ -477,7 +488,7 @@ class _Planner:
             "after_metrics": self._before_of(after, self.plan.metrics),
             "reference_metrics": self._reference(),
         }
-        inputs |= {n: ref for n, ref in (("note?", note), ("kept?", kept)) if ref is not None}
+        inputs |= {"note?": note} if note is not None else {}
         return self._add(f"{name}.gate", "gate", config, inputs, facts=self._task() | _here(), user=True)
 
     def _reference(self) -> str:
@@ -494,9 +505,9 @@ class _Planner:
         for settings in self._quantizing(target):
             name = self._own_name(settings.name, target)
             mix = self._mix(name, settings, target, current)
-            step, kept = self._quantized(name, settings, target, current, model, mix)
+            step = self._quantized(name, settings, target, current, model, mix)
             self._measured(name, step)
-            gate = self._gate(name, current, step, note=mix, kept=kept, target=target)
+            gate = self._gate(name, current, step, note=mix, target=target)
             self.plan.segments.append(Segment(gate, (name,)))
             current = Choice.of_gate(gate, current, step)
         self.plan.shipped[target.name] = current
@@ -515,13 +526,13 @@ class _Planner:
                 key = (settings.name, place.device.flavour_for(backend))
                 if key not in made:
                     name = self._own_name(settings.name, target, *([backend] if any(n == settings.name for n, _ in made) else []))
-                    made[key], _ = self._quantized(name, settings, place, graph, model, None)
+                    made[key] = self._quantized(name, settings, place, graph, model, None)
                     self._measured(name, made[key])
                     stages.append(name)
                 graphs[f"{backend} {settings.name}"] = made[key]
                 name = self._own_name(settings.name, target, backend, "searched")
                 if mix := self._mix(name, settings, place, graph):
-                    graphs[f"{backend} {settings.name}, searched"] = self._quantized(name, settings, place, graph, model, mix)[0]
+                    graphs[f"{backend} {settings.name}, searched"] = self._quantized(name, settings, place, graph, model, mix)
         engines: dict[str, Ref] = {}
         for name, ref in graphs.items():
             step = f"{target.name}.{name.replace(', ', '.').replace(' ', '.')}.engine"
@@ -547,7 +558,7 @@ class _Planner:
         race = self._add(f"{target.name}.race", "race", config, inputs, facts=self._task() | _here(), user=True)
         self.plan.segments += [Segment(race, tuple(stages))] if stages else []
         self.plan.shipped[target.name] = Choice(race, graphs)
-        self.plan.races[target.name] = Choice(race, engines)
+        self.plan.races[target.name] = Race(race, graphs, engines)
 
     def _quantizing(self, target: Target) -> list[Settings]:
         """The quantizing stages that a target takes."""
@@ -566,10 +577,8 @@ class _Planner:
         place = [] if target.name == self.plan.targets[0].name else [target.name]
         return "@".join([stage, ".".join([*place, *parts])]) if place or parts else stage
 
-    def _quantized(
-        self, name: str, settings: Settings, target: Target, graph: Ref, model: Ref | None, mix: str | None
-    ) -> tuple[str, str | None]:
-        """The step that quantizes a graph in the flavour that the target asks for, and the trial that found nodes to keep."""
+    def _quantized(self, name: str, settings: Settings, target: Target, graph: Ref, model: Ref | None, mix: str | None) -> str:
+        """The step that quantizes a graph in the flavour that the target asks for."""
         flavour = {"flavour": target.device.flavour_for(target.backend)}
         inputs: dict[str, Ref] = {"graph": graph, "data": "data"}
         if model is not None and _trains(settings):
@@ -580,7 +589,7 @@ class _Planner:
         if kept := self._kept(name, settings, inputs, flavour):
             inputs["kept?"] = kept
         self.plan.graphs[name] = self._add(name, "quantize", None, inputs, settings=settings, facts=flavour, user=True)
-        return name, kept
+        return name
 
     def _trained(self, settings: Settings, model: Ref, flavour: dict[str, Any]) -> dict[str, Ref]:
         """What a quantizer that trains gives every target: the model on its grid, and its export."""
@@ -647,7 +656,7 @@ class _Planner:
                 self.plan.notes.append(f"{target.name}: no engine is built here. {missing}")
             plain = judge if not _backend(judge.backend).builds else _host(judge)  # never the engine of another device
             engine: Ref = (
-                self.plan.races[target.name]
+                self.plan.races[target.name].engine
                 if target.raced
                 else self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else plain)
             )

@@ -9,7 +9,7 @@ from typing import Any
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind
 from edgekd.gate import paired_drop
-from edgekd.plan import Plan, Target
+from edgekd.plan import Plan, Ref, Target
 from edgekd.recipe import resolved
 from edgekd.report.front import front, knob
 from edgekd.run import Done
@@ -158,10 +158,15 @@ class _Summary:
         for segment in self.plan.segments:
             if segment.stages and segment.stages[0] == step:
                 decision = read_decision(self.done.artifacts[segment.gate])
-                return {"verdict": decision["verdict"], "reason": decision["reason"]}
+                return {"verdict": decision["verdict"], "reason": "; ".join(filter(None, (decision["reason"], self._kept(step))))}
             if step in segment.stages:
                 return {"verdict": None, "reason": f"judged with '{segment.stages[0]}'"}
         return {"verdict": None, "reason": None}
+
+    def _kept(self, step: Ref) -> str:
+        """What the trial that keeps nodes in higher precision said of a quantized graph; empty where there was nothing to say."""
+        trial = self.done.artifacts.get(f"{step}.keep")
+        return str(read_decision(trial)["reason"]) if trial else ""
 
     def _seconds(self, step: str) -> float:
         """This run's time, or the time it took when it was built; a quantizer's with that of its training."""
@@ -186,7 +191,7 @@ class _Summary:
         missed, reason = self._budget(target, latency, size)
         row: dict[str, Any] = {
             "device": name,
-            "backend": self.done.resolve(race).json("engine.json")["backend"] if race else target.backend,
+            "backend": self.done.resolve(race.engine).json("engine.json")["backend"] if race else target.backend,
             "precision": graph.json("graph.json")["precision"],
             "measured": measured,
             "latency_ms": latency,
@@ -203,7 +208,9 @@ class _Summary:
         }
         if race:
             decision = read_decision(self.done.artifacts[race.decision])
-            row["candidates"] = [c | {"chosen": c["name"] == decision["chosen"]} for c in decision["rows"]]
+            row["candidates"] = [
+                c | {"chosen": c["name"] == decision["chosen"], "note": self._kept(race.graphs[c["name"]])} for c in decision["rows"]
+            ]
         if not measured:
             row |= {
                 "budget_met": None,

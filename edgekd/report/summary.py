@@ -61,7 +61,7 @@ class CandidateRow(NamedTuple):
     against: str  # latency relative to the first candidate's
     change: str  # of accuracy on val
     size: str
-    word: str  # ships | refused | nothing
+    word: str  # ships, refused, what was kept in higher precision, or nothing
 
 
 def summary(run: dict[str, Any]) -> RenderableType:
@@ -223,7 +223,16 @@ def _candidate_row(row: dict[str, Any]) -> CandidateRow:
         against=text.NONE if ratio_ is None else f"{ratio_:.2f}x",
         change=text.NONE if drop is None else f"{0.0 - drop * 100:+.2f}",
         size=text.size(row.get("size_bytes")),
-        word=f"refused: {clean(str(row['refused']))}" if row.get("refused") else "ships" if row.get("chosen") else "",
+        word="; ".join(
+            filter(
+                None,
+                (
+                    "ships" if row.get("chosen") else "",
+                    f"refused: {clean(str(row['refused']))}" if row.get("refused") else "",
+                    clean(str(row.get("note") or "")),
+                ),
+            )
+        ),
     )
 
 
@@ -280,10 +289,10 @@ def _target_table(rows: list[TargetRow]) -> Table:
 
 
 def _candidate_table(rows: list[CandidateRow]) -> Table:
-    table = _table("candidate", "precision", "p50", "latency", "points on val", "size", "", fold=("candidate", "precision", "p50"))
+    table = _table("candidate", "precision", "p50", "latency", "points on val", "size", "", fold=("candidate", "precision", "p50", ""))
     for row in rows:
         cells = [row.name, row.precision, row.latency.split(" [")[0], row.against, row.change, row.size]
-        table.add_row(*map(_text, cells), _text(row.word, _STYLES.get("kept", "") if row.word == "ships" else ""))
+        table.add_row(*map(_text, cells), _text(row.word, _STYLES["kept"] if row.word.startswith("ships") else ""))
     return table
 
 

@@ -38,10 +38,9 @@ class Gate:
         "after_metrics": Kind.METRICS,
         "reference_metrics": Kind.METRICS,
         "note?": Kind.DECISION,
-        "kept?": Kind.DECISION,
     }
     gives = Kind.DECISION
-    version = 2
+    version = 3
     libraries = ("onnxruntime-gpu", "onnxruntime")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -56,8 +55,6 @@ class Gate:
         reason = verdict.reason
         if note and not note.get("met", True) and verdict.verdict == "kept":
             reason += f"; the {note['goal']} target of {note['target']:g} was not met: {note['reason']}"
-        if "kept" in inputs and (words := read_decision(inputs["kept"])["reason"]):
-            reason += f"; {words}"
         body = {
             "verdict": verdict.verdict,
             "reason": reason,

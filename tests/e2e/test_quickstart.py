@@ -92,7 +92,8 @@ def test_the_run_folder_holds_run_report_decisions_and_bundle(quickstart: Finish
     assert {p.name for p in quickstart.folder.iterdir()} == {"run.json", "report.html", "decisions.json", "host"}
     assert json.loads((quickstart.folder / "run.json").read_text()) == quickstart.run
     decisions = json.loads((quickstart.folder / "decisions.json").read_text())
-    assert {"prune.widths", "prune.gate", "quantize.gate", "preflight"} <= set(decisions)
+    assert {"prune.widths", "prune.gate", "preflight"} <= set(decisions)
+    assert {"quantize.gate", "host.race"} & set(decisions)  # one runtime, or several that are measured against each other
 
 
 def test_the_stated_size_is_the_shipped_file_s_size(quickstart: Finished) -> None:

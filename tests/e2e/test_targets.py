@@ -126,11 +126,77 @@ def test_methods_without_int8_arithmetic(model: Path, photos: Path, tmp_path: Pa
 
 
 def test_a_search_finds_operators_and_its_decision_can_be_replayed(model: Path, photos: Path, tmp_path: Path) -> None:
-    result = quantized(model, photos, tmp_path / "run", "--search", "3")
+    result = quantized(model, photos, tmp_path / "run", "--search", "3", "-o", "targets.host.backend=onnxruntime")
     assert result.code in (0, 4), result.err
     decision = json.loads((tmp_path / "run" / "decisions.json").read_text())["quantize.mix"]
     assert decision["quantized"] + len(decision["keep"]) == decision["candidates"] > 5
     assert 1 <= sum("against" in t for t in decision["trials"]) <= 3
+
+
+@needs_openvino
+def test_a_target_that_leaves_its_runtime_open_ships_what_the_race_chose_and_shows_all(model: Path, photos: Path, tmp_path: Path) -> None:
+    result = quantized(model, photos, tmp_path / "run", "--search", "2")
+    assert result.code in (0, 4), result.err
+    [target] = result.json()["targets"]
+    rows = {c["name"]: c for c in target["candidates"]}
+    assert set(rows) == {f"{b} {form}" for b in ("onnxruntime", "openvino") for form in ("fp32", "quantize", "quantize, searched")}
+    [chosen] = [c for c in rows.values() if c["chosen"]]
+    assert (target["backend"], target["precision"]) == (chosen["backend"], chosen["precision"])
+    assert chosen["name"] not in ("onnxruntime fp32", "openvino fp32")  # --no-gate: a rounded one ships
+    assert rows["onnxruntime fp32"]["ratio"] == 1
+    bundle = bundle_of(result)
+    assert json.loads((bundle / "manifest.json").read_text())["engine"]["runtime"] == chosen["backend"]
+    assert run_here("verify", bundle).code == 0
+
+
+@needs_openvino
+def test_what_a_runtime_refuses_is_a_row_with_the_reason_and_the_run_goes_on(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekd.errors import BackendError
+
+    def refuses(*_: object, **__: object) -> None:
+        raise BackendError("openvino cannot open the graph: no such operator")
+
+    monkeypatch.setattr(OpenVino, "convert", refuses)
+    monkeypatch.setenv("EDGEKD_HOME", str(tmp_path / "home"))
+    result = quantized(model, photos, tmp_path / "run")
+    assert result.code in (0, 4), result.err
+    rows = {c["name"]: c["refused"] for c in result.json()["targets"][0]["candidates"]}
+    assert rows["openvino fp32"] == rows["openvino quantize"] == "openvino cannot open the graph: no such operator"
+    assert rows["onnxruntime quantize"] is None
+    assert result.json()["targets"][0]["backend"] == "onnxruntime"
+
+
+@pytest.mark.parametrize("chosen", ["onnxruntime fp32", "tpu int4"])
+def test_a_race_is_replayed_and_a_decision_that_names_no_candidate_is_refused(
+    model: Path, photos: Path, tmp_path: Path, chosen: str
+) -> None:
+    recipe = "version: 1\ndata: {format: image_folder, image_size: 32}\nmodel: {onnx: mine.onnx}\nstages: [{quantize: {}}]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    shutil.copyfile(model, tmp_path / "mine.onnx")
+    decision = {"chosen": chosen, "verdict": "rolled back", "reason": "as replayed", "rows": []}
+    (tmp_path / "decisions.json").write_text(
+        json.dumps({"host.race": decision, "quantize.gate": decision | {"chosen": "before" if "fp32" in chosen else chosen}})
+    )
+    result = run_here(
+        "compress",
+        tmp_path / "recipe.yaml",
+        "--replay",
+        tmp_path / "decisions.json",
+        "-o",
+        f"data.root={photos}",
+        "--out",
+        tmp_path / "run",
+        "--json",
+    )
+    if chosen == "tpu int4":
+        assert result.code == 3, result.text
+        assert "the decision is 'tpu int4'" in result.err
+    else:
+        assert result.code in (0, 4), result.text
+        [target] = result.json()["targets"]
+        assert (target["precision"], target["backend"]) == ("fp32", "onnxruntime")
 
 
 # ------------------------------------------------------------------------------------------------------------ one form against another

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 
+from edgekd.backends.openvino import OpenVino
 from edgekd.console import Console
 from edgekd.errors import BackendError, RecipeError
 from edgekd.export.onnx import export_onnx
@@ -171,7 +172,8 @@ def test_a_node_to_keep_that_is_not_there_is_named(graph: Path, tmp_path: Path) 
 RECIPE = "version: 1\ndata: {format: digits, image_size: 32}\nmodel: {arch: resnet10t}\nstages: [{quantize: {METHOD}}]\ntargets: {host: {}, rpi5: {}}\n"
 
 
-def test_a_search_is_planned_for_targets_that_can_be_measured_only(tmp_path: Path) -> None:
+def test_a_search_is_planned_for_targets_that_can_be_measured_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVino, "available", lambda self: "not installed")
     (tmp_path / "r.yaml").write_text(RECIPE.replace("METHOD", "search: 6"))
     plan = build_plan(load(str(tmp_path / "r.yaml")))
     assert [s.name for s in plan.steps if s.stage == "mix"] == ["quantize.mix"]

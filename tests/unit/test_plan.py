@@ -329,7 +329,7 @@ def two_runtimes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_runtimes")
 def test_where_two_runtimes_are_here_all_of_their_graphs_race() -> None:
     plan = planned("ONNX file", "quantize.search=8")
-    candidates = plan.races["host"].options
+    candidates = plan.races["host"].engines
     assert list(candidates) == [f"{b} {form}" for b in ("onnxruntime", "openvino") for form in ("fp32", "quantize", "quantize, searched")]
     chosen = plan.shipped["host"]
     assert isinstance(chosen, Choice)
@@ -354,7 +354,7 @@ def test_where_two_runtimes_are_here_all_of_their_graphs_race() -> None:
 )
 def test_a_target_that_settles_its_runtime_or_precision_races_what_it_left_open(override: str, expected: list[str] | None) -> None:
     plan = planned("quantized only", override)
-    assert (list(plan.races["host"].options) if plan.races else None) == expected
+    assert (list(plan.races["host"].engines) if plan.races else None) == expected
 
 
 @pytest.mark.usefixtures("two_runtimes")

@@ -27,6 +27,7 @@ MISSING = [  # heading, key to remove, what the page then says
     ("Accuracy against latency", "stages teacher targets baselines", "There is no chart"),
     ("Stages", "stages", "holds no stages"),
     ("Targets", "targets", "holds no targets"),
+    ("Runtimes and precisions measured", "targets", "No target left its runtime open"),
     ("Training", "curves", "no loss curves"),
     ("Latency distribution", "latency_samples", "no latency samples"),
     ("Confusion on test", "confusion", "no confusion matrix"),
@@ -42,6 +43,20 @@ MISSING = [  # heading, key to remove, what the page then says
 # ------------------------------------------------------------------------------------------------- a realistic run
 def latency(p50: float) -> Run:
     return {"p50": p50, "p95": p50 * 1.08, "p99": p50 * 1.21, "ci95": [p50 * 0.991, p50 * 1.012], "n": 400}
+
+
+def candidate(name: str, ratio: float, p50: float) -> Run:
+    measured = {"precision": name.split()[1], "latency_ms": latency(p50), "ratio": ratio, "ci95": [ratio * 0.99, ratio * 1.01]}
+    return {
+        "name": name,
+        "backend": name.split()[0],
+        "refused": None,
+        "size_bytes": 5_020_000,
+        "drop": 0.0011,
+        "chosen": False,
+        "note": "",
+        **measured,
+    }
 
 
 def stage(
@@ -95,6 +110,11 @@ def make_run() -> Run:
         "latency_ms": latency(0.2713),
         "predicted_ms": None,
         "budget": {"p95_ms": 0.5, "size_mb": 4},
+        "candidates": [
+            candidate("onnxruntime fp32", 1.0, 0.2843),
+            candidate("onnxruntime quantize", 0.9543, 0.2713) | {"chosen": True, "note": "1 nodes stay in higher precision"},
+            {"name": "openvino fp32", "backend": "openvino", "refused": "no kernel for [red]Foo[/red]", "chosen": False, "note": ""},
+        ],
     }
     rpi5 = {
         "device": "rpi5",
@@ -427,6 +447,14 @@ def test_missing_section_is_said_in_one_sentence(run: Run, title: str, keys: str
         run.pop(key)
     section = Page(render(run)).section(title)
     assert says in section[: section.index(".") + 1]
+
+
+def test_what_was_raced_is_a_table_fastest_first_with_what_was_refused(run: Run) -> None:
+    for shown in (Page(render(run)).section("Runtimes and precisions measured"), console(run, 200)):
+        places = [shown.index(word) for word in ("0.95x", "1.00x", "refused: no kernel for [red]Foo[/red]")]
+        assert places == sorted(places)
+        assert "ships; 1 nodes stay in higher precision" in shown
+        assert "-0.11" in shown
 
 
 def test_run_of_the_contract_alone_renders() -> None:
