@@ -1,28 +1,46 @@
-"""int8 against fp32, batch 1, 1 thread: `python tools/bench_quant.py [MODEL ...] [--search 24] [--seconds 30]`.
+"""int8 against fp32 and rivals, batch 1, 1 thread: `python tools/bench_quant.py [MODEL ...] [--search 24] [--seconds 40]`.
 
-For each timm architecture (untrained weights, 224 px: latency only, nothing is said about accuracy) the fp32 file, the file with everything quantized,
-and the file with what the search chose are measured interleaved in one run: onnxruntime, and OpenVINO where it is installed. Where NNCF is installed,
-its file runs on both as well. Prints speed-ups over fp32 onnxruntime with their 95 % intervals, sizes, and how long making the file took.
+For each timm architecture (untrained weights, 224 px: latency only, nothing is said about accuracy) what `edgekd quantize` ships when it may choose
+runtime and precision is measured, interleaved in one run, beside fp32 onnxruntime and what others make of the same model: onnxruntime's own quantizer,
+NNCF on onnxruntime, NNCF on OpenVINO (NNCF is for this benchmark only: pip install nncf). `resnet56_cifar` takes real weights: --weights FOLDER with
+resnet56-*.th, --data FOLDER with train/<class>/*.jpg and test/<class>/*.jpg, --lossless FILE.npz; its accuracy is compared image by image.
+Prints speed-ups over fp32 onnxruntime with 95 % intervals, sizes, seconds, and ours against the best rival.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench_low_bits import MEAN, STD, imported, load
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MODELS = ("resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_100")
-SIZE, IMAGES, CLASSES = 224, 160, 4
+REAL = "resnet56_cifar"
+IMAGES, CLASSES, CALIBRATION = 160, 4, 64
 
 
-def photos(folder: Path) -> Path:
+@dataclass
+class Entry:
+    """A file and the runtime that it is measured on."""
+
+    backend: str
+    name: str
+    file: Path
+    seconds: float = 0.0
+
+
+def photos(folder: Path, size: int) -> Path:
     """Smooth seeded noise: what activations see of it is enough for ranges, not for accuracy."""
     import numpy as np
     from PIL import Image
@@ -32,30 +50,29 @@ def photos(folder: Path) -> Path:
         place = folder / f"class{number % CLASSES}"
         place.mkdir(parents=True, exist_ok=True)
         small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-        small.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(place / f"{number:04d}.png")
+        small.resize((size, size), Image.Resampling.BICUBIC).save(place / f"{number:04d}.png")
     return folder
 
 
-def quantized(model: Path, data: Path, work: Path, backend: str, search: int) -> tuple[Path, float]:
-    """What `edgekd quantize` ships without a gate, and the seconds it took."""
-    out = work / f"{backend}-{search}"
-    command = [
-        sys.executable,
-        "-m",
-        "edgekd",
-        "quantize",
-        str(model),
-        "--data",
-        str(data),
-        "--image-size",
-        str(SIZE),
-        "--no-gate",
-        "--json",
-    ]
-    command += ["--drop", "1", "--search", str(search), "-o", f"targets.host.backend={backend}", "--out", str(out)]
+def calibration(data: Path, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> list[Any]:
+    """The same training images for every rival, normalised (1, 3, h, w)."""
+    import numpy as np
+    from PIL import Image
+
+    root = data / "train" if (data / "train").is_dir() else data
+    files = sorted(p for p in root.rglob("*") if p.suffix in (".png", ".jpg"))
+    chosen = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:CALIBRATION]]
+    pixels = [np.asarray(Image.open(f).convert("RGB").resize((size, size)), np.float32) / 255 for f in chosen]
+    return [np.ascontiguousarray(((p - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1)[None]) for p in pixels]
+
+
+def ours(model: Path, data: Path, size: int, work: Path, search: int, more: list[str]) -> tuple[Entry, dict[str, Any]]:
+    """What `edgekd quantize` ships, and its run.json."""
+    out = work / "ours"
+    command = [sys.executable, "-m", "edgekd", "quantize", str(model), "--data", str(data), "--image-size", str(size), "--json"]
     start = time.perf_counter()
     done = subprocess.run(
-        command,
+        [*command, "--search", str(search), "--out", str(out), *more],
         cwd=ROOT,
         env={**os.environ, "EDGEKD_HOME": str(work / "store")},
         stdout=subprocess.DEVNULL,
@@ -64,74 +81,151 @@ def quantized(model: Path, data: Path, work: Path, backend: str, search: int) ->
     )
     if not (out / "host" / "model.onnx").is_file():
         raise SystemExit(done.stderr)
-    return out / "host" / "model.onnx", time.perf_counter() - start
+    run = json.loads((out / "run.json").read_text())
+    [target] = run["targets"]
+    shipped = next((c["name"] for c in target.get("candidates", []) if c["chosen"]), f"{target['backend']} {target['precision']}")
+    return Entry(target["backend"], f"edgekd: {shipped}", out / "host" / "model.onnx", time.perf_counter() - start), run
 
 
-def nncf_file(model: Path, work: Path) -> Path | None:
-    """NNCF's post-training quantization of the same file, where NNCF is installed (it is for this benchmark only)."""
+def rivals(model: Path, work: Path, samples: list[Any]) -> Iterator[Entry]:
+    """onnxruntime's quantizer with its defaults, and NNCF's where it is installed."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    name = onnx.load(model).graph.input[0].name
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(samples)
+
+        def get_next(self) -> dict[str, Any] | None:
+            found = next(self.left, None)
+            return None if found is None else {name: found}
+
+    start = time.perf_counter()
+    quant_pre_process(str(model), str(work / "prepared.onnx"), skip_symbolic_shape=True)
+    quantize_static(str(work / "prepared.onnx"), str(work / "plain.onnx"), Reader())
+    yield Entry("onnxruntime", "onnxruntime's quantizer", work / "plain.onnx", time.perf_counter() - start)
     try:
         import nncf
     except ImportError:
-        return None
-    import numpy as np
-    import onnx
+        return
+    start = time.perf_counter()
+    transformer = {"model_type": nncf.ModelType.TRANSFORMER} if "vit" in model.parent.name else {}
+    quantized = nncf.quantize(onnx.load(model), nncf.Dataset([{name: s} for s in samples]), subset_size=len(samples), **transformer)
+    onnx.save(quantized, work / "nncf.onnx")
+    yield Entry("onnxruntime", "NNCF", work / "nncf.onnx", time.perf_counter() - start)
+    try:
+        import openvino
+    except ImportError:
+        return
+    start = time.perf_counter()
+    native = nncf.quantize(openvino.convert_model(str(model)), nncf.Dataset(samples), subset_size=len(samples), **transformer)
+    openvino.save_model(native, work / "nncf.xml", compress_to_fp16=False)
+    yield Entry("openvino", "NNCF", work / "nncf.xml", time.perf_counter() - start)
 
-    proto = onnx.load(model)
-    rng = np.random.default_rng(0)
-    samples = [{proto.graph.input[0].name: rng.standard_normal((1, 3, SIZE, SIZE), dtype=np.float32)} for _ in range(64)]
-    path = work / "nncf.onnx"
-    onnx.save(nncf.quantize(proto, nncf.Dataset(samples), subset_size=len(samples)), path)
-    return path
+
+def measured(entries: list[Entry], size: int, seconds: float) -> dict[str, Any]:
+    """Speed-up over the first entry with its interval, by entry number."""
+    import numpy as np
+
+    from edgekd import registry
+    from edgekd.profile.device import load_device
+    from edgekd.profile.measure import measure, ratio
+
+    host = load_device("host")
+    sessions = {str(i): registry.load("backend", e.backend)().open(e.file, threads=1, device=host) for i, e in enumerate(entries)}
+    image = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
+    samples = measure(sessions, {n: {s.input_names[0]: image} for n, s in sessions.items()}, budget_s=seconds)
+    return {n: ratio(samples["0"], found) for n, found in samples.items()}
+
+
+def accuracy(name: str, file: Path, fp32: Path, images: Any, labels: Any) -> None:
+    """Prints the paired loss of top-1, image by image, on onnxruntime."""
+    import numpy as np
+    import onnxruntime
+
+    from edgekd.gate import paired_drop
+
+    scores = []
+    for path in (fp32, file):
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        parts = [session.run(None, {session.get_inputs()[0].name: images[i : i + 250]})[0].argmax(1) for i in range(0, len(images), 250)]
+        scores.append((np.concatenate(parts) == labels).astype(float).tolist())
+    drop, (low, high) = paired_drop(*scores)
+    top1 = [100 * sum(s) / len(s) for s in scores]
+    print(
+        f"\n{name}, {len(labels)} images: {top1[0]:.2f} -> {top1[1]:.2f} %, {100 * drop:+.2f} points lost [{100 * low:+.2f}, {100 * high:+.2f}]"
+    )
+
+
+def tests(lossless: Path, data: Path) -> Iterator[tuple[str, Any, Any]]:
+    """(what, normalised images, labels): the lossless subset and the JPEG test folder."""
+    import numpy as np
+    from PIL import Image
+
+    def normal(pixels: Any) -> Any:
+        return np.ascontiguousarray(((pixels.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2))
+
+    with np.load(lossless) as file:
+        yield "lossless", normal(file["x_test"]), file["y_test"]
+    classes = sorted(p.name for p in (data / "test").iterdir())
+    files = [(f, i) for i, name in enumerate(classes) for f in sorted((data / "test" / name).iterdir())]
+    yield "JPEG", normal(np.stack([np.asarray(Image.open(f).convert("RGB")) for f, _ in files])), np.array([i for _, i in files])
 
 
 def main() -> None:
-    import numpy as np
     import timm
     import torch
 
-    from edgekd import registry
-    from edgekd.export.onnx import INPUT, export_onnx
-    from edgekd.profile.device import load_device
-    from edgekd.profile.measure import measure, ratio
+    from edgekd.export.onnx import export_onnx
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--search", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of measuring, per model")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of measuring, per model")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--lossless", type=Path)
     args = parser.parse_args()
-    host = load_device("host")
-    backends = [n for n in ("onnxruntime", "openvino") if registry.load("backend", n)().available() is None]
-    print("| model | runtime | file | speed-up over fp32 onnxruntime | MB | made in s |")
-    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        data = photos(Path(folder) / "photos")
         for name in args.models:
             work = Path(folder) / name
             work.mkdir()
             torch.manual_seed(0)
-            fp32 = work / "fp32.onnx"
-            export_onnx(timm.create_model(name, num_classes=CLASSES).eval(), SIZE, fp32)
-            files: dict[tuple[str, str], tuple[Path, float]] = {}
-            rival = nncf_file(fp32, work)
-            for backend in backends:
-                files[backend, "fp32"] = (fp32, 0.0)
-                files[backend, "int8, everything"] = quantized(fp32, data, work, backend, 0)
-                files[backend, "int8, searched"] = quantized(fp32, data, work, backend, args.search)
-                if rival is not None:
-                    files[backend, "int8, NNCF"] = (rival, 0.0)
-            opened = {key: registry.load("backend", key[0])().open(file, threads=1, device=host) for key, (file, _) in files.items()}
-            sessions = {" / ".join(key): session for key, session in opened.items()}
-            feeds: Any = {INPUT: np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE), dtype=np.float32)}
-            samples = measure(sessions, dict.fromkeys(sessions, feeds), budget_s=args.seconds)
-            base = samples["onnxruntime / fp32"]
-            for key, (file, seconds) in files.items():
-                found = ratio(base, samples[" / ".join(key)])
-                low, high = found["ci95"]
-                took = f"{seconds:.0f}" if seconds else "-"
-                print(
-                    f"| {name} | {key[0]} | {key[1]} | {found['ratio']:.2f}x [{low:.2f}, {high:.2f}] | {file.stat().st_size / 1e6:.2f} | {took} |",
-                    flush=True,
-                )
+            real, fp32 = name == REAL, work / "fp32.onnx"
+            if real:
+                model, size, data = load(name, imported(args.weights, name, work)), 32, args.data.resolve()
+                more = ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD))]
+            else:
+                model, size = timm.create_model(name, num_classes=CLASSES), 224
+                data = photos(work / "photos", size)
+                more = ["--drop", "1"]  # labels of untrained weights mean nothing
+            export_onnx(model.eval(), size, fp32)
+            samples = calibration(data, size, *((MEAN, STD) if real else ((0.5,) * 3, (0.5,) * 3)))
+            entries = [Entry("onnxruntime", "fp32", fp32), *rivals(fp32, work, samples)]
+            shipped, run = ours(fp32, data, size, work, args.search, more)
+            entries.append(shipped)
+            found = measured(entries, size, args.seconds)
+            print(f"\n| {name} on | file | speed-up over fp32 onnxruntime | MB | made in s |\n|---|---|---|---|---|")
+            for number, entry in enumerate(entries):
+                low, high = found[str(number)]["ci95"]
+                weight = sum(f.stat().st_size for f in (entry.file, entry.file.with_suffix(".bin")) if f.is_file())
+                took = f"{entry.seconds:.0f}" if entry.seconds else "-"
+                gain = f"{found[str(number)]['ratio']:.2f}x [{low:.2f}, {high:.2f}]"
+                print(f"| {entry.backend} | {entry.name} | {gain} | {weight / 1e6:.2f} | {took} |")
+            best = max(range(1, len(entries) - 1), key=lambda i: found[str(i)]["ratio"])
+            mine = found[str(len(entries) - 1)]["ratio"]
+            against = mine / found[str(best)]["ratio"]
+            print(f"\nedgekd / best rival ({entries[best].name} on {entries[best].backend}): {against:.2f}; over fp32: {mine:.2f}x")
+            for row in run["targets"][0].get("candidates", []):
+                said = f"{1 / row['ratio']:.2f}x" if row.get("ratio") else row.get("refused")
+                print(f"  candidate {row['name']}: {said}{', ships' if row['chosen'] else ''}")
+            if real:
+                for what, images, labels in tests(args.lossless, data):
+                    accuracy(what, shipped.file, fp32, images, labels)
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

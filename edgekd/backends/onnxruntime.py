@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 from collections import defaultdict
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
 _CPU = "CPUExecutionProvider"
 _PROFILE_WARMUP, _PROFILE_RUNS = 3, 20
-_ERRORS_ONLY, _FATAL_ONLY = 3, 4  # log severities
+_FATAL_ONLY = 4  # log severity
+_NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:\s*|\S+\.(?:h|cc):\d+ [^()]*\([^()]*\) ")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _session(engine: Path, threads: int, provider: str, trace_prefix: str | None
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY  # errors are raised, and said by us
     if trace_prefix:
         options.enable_profiling, options.profile_file_prefix = True, trace_prefix
     try:
@@ -170,4 +172,6 @@ def _kept(us: list[float]) -> int:
 
 
 def _first_line(err: BaseException) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0][:300]
+    """What a person can act on: without the code, the file's path and the place in onnxruntime's own sources."""
+    line = (str(err).strip() or type(err).__name__).splitlines()[0]
+    return _NOISE.sub("", line).strip()[:300]

@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from edgekd.errors import BackendError
+from edgekd.export.opset import NEWEST, QUANTIZES, opset_of
 
-_OPSETS = (13, 25)  # per-channel axes came with 13; what TensorRT 11 reads ends at 25
+_NEWEST = {"s8s8": 25, "u8s8": NEWEST, "u8s8_reduced": NEWEST}  # what TensorRT 11 reads ends at 25
 _WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 _LARGEST = {"s8s8": 127, "u8s8": 127, "u8s8_reduced": 64}
 _ACTIVATIONS = {"s8s8": "int8", "u8s8": "uint8", "u8s8_reduced": "uint8"}
@@ -29,9 +30,8 @@ def assert_rules(proto: Any, flavour: str, where: str, keep: Collection[str] = (
 def problems(proto: Any, flavour: str, keep: Collection[str] = ()) -> Iterator[str]:
     """Every broken rule in words, with the node."""
     graph = _Values(proto)
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if not _OPSETS[0] <= opset <= _OPSETS[1]:
-        yield f"opset {opset} is outside {_OPSETS[0]} to {_OPSETS[1]}"
+    if not QUANTIZES <= (opset := opset_of(proto)) <= _NEWEST[flavour]:
+        yield f"opset {opset} is outside {QUANTIZES} to {_NEWEST[flavour]}"
     for node in proto.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             yield from (f"{node.op_type} '{node.name}': {what}" for what in _of_pair(graph, node, flavour))

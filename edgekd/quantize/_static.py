@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 _OPS = [*WEIGHTED, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat"]
+_ACTIVATIONS = ("Relu", "Clip")  # what runtimes fuse with the rounding that follows
 _PASSING = ("Relu", "Clip", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")  # as int8 as what they get
 _ROUNDED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
 Overrides = dict[str, list[dict[str, Any]]]  # tensor -> onnxruntime's TensorQuantOverrides
@@ -103,7 +104,7 @@ def static_int8(
         ) from error
     finally:
         prepared.unlink(missing_ok=True)
-    proto = tidied(onnx.load_model_from_string(out.read_bytes()))
+    proto = tidied(_rounded_once(onnx.load_model_from_string(out.read_bytes())))
     out.write_bytes(proto.SerializeToString(deterministic=True))
     counts = {op: sum(n.op_type == op for n in proto.graph.node) for op in ("QuantizeLinear", "DequantizeLinear")}
     precision = "int8" if counts["QuantizeLinear"] else "fp32"  # where every operator is kept
@@ -144,6 +145,37 @@ def _left_out(prepared: Path, keep: tuple[str, ...]) -> list[str]:
         elif node.op_type in _PASSING and inside:
             rounded.update(node.output)
     return left
+
+
+def _rounded_once(proto: Any) -> Any:
+    """Without the pairs between an operator and its activation, where the activation's output is rounded as well.
+
+    Runtimes fuse operator, activation and rounding into one int8 kernel; a pair between them makes two, and requantizes every value in fp32.
+    """
+    body = proto.graph
+    makers = {name: node for node in body.node for name in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in body.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    given = {value.name for value in body.output}
+    gone = []
+    for node in body.node:
+        if node.op_type not in _ACTIVATIONS or any(r.op_type != "QuantizeLinear" for r in readers.get(node.output[0], [node])):
+            continue
+        back = makers.get(node.input[0])
+        there = makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
+        if back is None or there is None or there.op_type != "QuantizeLinear" or there.input[0] in given:
+            continue
+        if all(len(readers[name]) == 1 for name in (there.input[0], there.output[0], back.output[0])):
+            node.input[0] = there.input[0]
+            gone += [there, back]
+    for node in gone:
+        body.node.remove(node)
+    used = {name for node in body.node for name in node.input}
+    for tensor in [t for t in body.initializer if t.name not in used and any(t.name in node.input for node in gone)]:
+        body.initializer.remove(tensor)
+    return proto
 
 
 def _equal(samples: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

@@ -27,14 +27,16 @@ _EXPECTED = "a self-contained ONNX model"
 _HINT = "export it again into one file: torch.onnx.export(..., external_data=False)"
 
 
-def check_onnx(path: Path, *, max_bytes: int = _MAX_BYTES, trusted: bool = False) -> onnx.ModelProto:
-    """The parsed model. `trusted` (a verified store entry) skips the confined process and its full check.
+def check_onnx(path: Path, *, max_bytes: int = _MAX_BYTES, trusted: bool = False, where: Path | None = None) -> onnx.ModelProto:
+    """The parsed model. `trusted` (a verified store entry) skips the confined process and its full check. `where` is what messages call
+    the file: a copy of it is what is read.
 
     Raises FileMissing, and OnnxRefused for damage, external data, unknown operators, and anything beyond the limits.
     """
     _check_file(path, max_bytes)
-    refuse = partial(OnnxRefused, where=str(path), hint=_HINT)
-    known = None if trusted else _examined(path)
+    shown = str(where or path)
+    refuse = partial(OnnxRefused, where=shown, hint=_HINT)
+    known = None if trusted else _examined(path, shown)
     with resource_errors(path):
         data = path.read_bytes()
     if known is not None and known != hashlib.sha256(data).hexdigest():
@@ -55,14 +57,14 @@ def _check_file(path: Path, max_bytes: int) -> None:
         raise OnnxRefused(f"it has {path.stat().st_size} bytes", where=str(path), expected=f"1 to {max_bytes} bytes", hint=_HINT)
 
 
-def _examined(path: Path) -> str:
+def _examined(path: Path, where: str) -> str:
     """SHA-256 of the bytes that passed every check in a confined process."""
     with tempfile.TemporaryDirectory(prefix="edgekd-") as name, resource_errors(Path(name)):
         outcome = run_confined("onnx", path, Path(name))
     if not outcome.started:
-        raise ResourceError(outcome.problem or "the confined reader could not start", where=str(path), hint="edgekd doctor")
+        raise ResourceError(outcome.problem or "the confined reader could not start", where=where, hint="edgekd doctor")
     if outcome.problem is not None:
-        raise OnnxRefused(outcome.problem, where=str(path), expected=outcome.expected or _EXPECTED, hint=_HINT)
+        raise OnnxRefused(outcome.problem, where=where, expected=outcome.expected or _EXPECTED, hint=_HINT)
     return str(outcome.value["sha256"])
 
 

@@ -26,10 +26,11 @@ class ReadGraph:
     Config = ModelConfig
     takes: Mapping[str, Kind] = {"data": Kind.DATA}
     gives = Kind.GRAPH
-    version = 1
+    version = 2
     libraries = ("onnx",)
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.export.opset import opset_of, raised
         from edgekd.safeio.onnxfile import check_onnx
         from edgekd.stages._common import open_dataset, unchanged
 
@@ -38,7 +39,12 @@ class ReadGraph:
             raise FileMissing("no ONNX file is named", where="model.onnx")
         shutil.copyfile(config.onnx, out / GRAPH)
         unchanged(out / GRAPH, settings)
-        proto, dataset = check_onnx(out / GRAPH), open_dataset(inputs["data"], ctx)
+        given, dataset = check_onnx(out / GRAPH, where=config.onnx), open_dataset(inputs["data"], ctx)
+        _assert_numbers(given, config.onnx)
+        proto = raised(given, str(config.onnx))
+        if proto is not given:
+            ctx.console.warn(f"{config.onnx.name} uses opset {opset_of(given)}: it was brought to {opset_of(proto)}, with the same outputs")
+            (out / GRAPH).write_bytes(proto.SerializeToString(deterministic=True))
         entry, size = image_input(proto, config.onnx)
         if size is not None and size != dataset.image_size:
             raise OnnxRefused(
@@ -56,6 +62,22 @@ class ReadGraph:
         facts = names | {"fixed_batch": batch, "image_size": dataset.image_size, "mean": mean, "std": std, "precision": "fp32"}
         (out / FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         return {"arch": config.onnx.stem, "nodes": len(proto.graph.node)}
+
+
+def _assert_numbers(proto: Any, path: Path) -> None:
+    """Raises OnnxRefused for weights that are not numbers: nothing that is computed from them can be compared. Infinities mask attention, and may stay."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    for tensor in proto.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            raise OnnxRefused(
+                f"weight '{tensor.name[:80]}' holds {int(np.isnan(values).sum())} values that are not numbers",
+                where=str(path),
+                expected="finite weights",
+                hint="its training diverged: take an earlier checkpoint",
+            )
 
 
 def image_input(proto: Any, path: Path) -> tuple[Any, int | None]:
