@@ -586,8 +586,8 @@ class _Planner:
         self.unrounded[name] = inputs["graph"]
         if mix is not None:
             inputs["mix?"] = mix
-        if kept := self._kept(name, settings, inputs, flavour):
-            inputs["kept?"] = kept
+        if trial := self._trial(name, settings, inputs, flavour):
+            inputs["trial?"] = trial
         self.plan.graphs[name] = self._add(name, "quantize", None, inputs, settings=settings, facts=flavour, user=True)
         return name
 
@@ -624,13 +624,15 @@ class _Planner:
             user=True,
         )
 
-    def _kept(self, name: str, settings: Settings, inputs: Mapping[str, Ref], flavour: dict[str, Any]) -> str | None:
-        """The trial that finds nodes to keep in higher precision, where the recipe allows that and the method can leave nodes out."""
+    def _trial(self, name: str, settings: Settings, inputs: Mapping[str, Ref], flavour: dict[str, Any]) -> str | None:
+        """The trial that chooses the calibration and finds nodes to keep, where the method leaves the one open or the recipe allows the other."""
         config = settings.method_config
-        if config is None or not self.recipe.accept.keep_nodes or "keep_nodes" not in type(config).model_fields:
+        if config is None or "keep_nodes" not in type(config).model_fields:
             return None
-        trial = Settings(f"{name}.keep", self._config("keep"), settings.method, config)
-        return self._add(f"{name}.keep", "keep", None, dict(inputs), settings=trial, facts=flavour | self._task() | _here())
+        if not self.recipe.accept.keep_nodes and getattr(config, "calibration", None) != "auto":
+            return None
+        trial = Settings(f"{name}.trial", self._config("trial", repair=self.recipe.accept.keep_nodes), settings.method, config)
+        return self._add(f"{name}.trial", "trial", None, dict(inputs), settings=trial, facts=flavour | self._task() | _here())
 
     def _baselines(self, model: Ref | None) -> None:
         """The student trained alone for as many epochs as the chain's first learning stage, exported, measured and tested."""

@@ -158,14 +158,14 @@ class _Summary:
         for segment in self.plan.segments:
             if segment.stages and segment.stages[0] == step:
                 decision = read_decision(self.done.artifacts[segment.gate])
-                return {"verdict": decision["verdict"], "reason": "; ".join(filter(None, (decision["reason"], self._kept(step))))}
+                return {"verdict": decision["verdict"], "reason": "; ".join(filter(None, (decision["reason"], self._tried(step))))}
             if step in segment.stages:
                 return {"verdict": None, "reason": f"judged with '{segment.stages[0]}'"}
         return {"verdict": None, "reason": None}
 
-    def _kept(self, step: Ref) -> str:
-        """What the trial that keeps nodes in higher precision said of a quantized graph; empty where there was nothing to say."""
-        trial = self.done.artifacts.get(f"{step}.keep")
+    def _tried(self, step: Ref) -> str:
+        """What the trial said of a quantized graph: its calibration, and nodes in higher precision; empty where there was nothing to say."""
+        trial = self.done.artifacts.get(f"{step}.trial")
         return str(read_decision(trial)["reason"]) if trial else ""
 
     def _seconds(self, step: str) -> float:
@@ -209,7 +209,7 @@ class _Summary:
         if race:
             decision = read_decision(self.done.artifacts[race.decision])
             row["candidates"] = [
-                c | {"chosen": c["name"] == decision["chosen"], "note": self._kept(race.graphs[c["name"]])} for c in decision["rows"]
+                c | {"chosen": c["name"] == decision["chosen"], "note": self._tried(race.graphs[c["name"]])} for c in decision["rows"]
             ]
         if not measured:
             row |= {

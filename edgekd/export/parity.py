@@ -34,11 +34,13 @@ def compare(rung: str, limits: str, reference: Floats, found: Floats, labels: In
     a, b = reference.astype(np.float64).reshape(len(reference), -1), found.astype(np.float64).reshape(len(found), -1)
     error, scale = np.abs(a - b), max(float(np.abs(a).max()), 1e-12)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    with np.errstate(invalid="ignore"):  # what is not finite is said below
+        alike = (a * b).sum(1) / np.maximum(norms, 1e-12)
     row = {
         "max_abs": float(error.max()),
         "mean_abs": float(error.mean()),
         "max_relative": float(error.max()) / scale,
-        "cosine": float(np.mean((a * b).sum(1) / np.maximum(norms, 1e-12))),
+        "cosine": float(np.mean(alike)),
         "agreement": task.agreement(reference, found),
         "metric_delta": float(task.scores(found, labels).mean() - task.scores(reference, labels).mean()),
     }

@@ -13,10 +13,11 @@ from typing import Any
 from edgekd.errors import BackendError
 from edgekd.export.opset import NEWEST, QUANTIZES, opset_of
 
-_NEWEST = {"s8s8": 25, "u8s8": NEWEST, "u8s8_reduced": NEWEST}  # what TensorRT 11 reads ends at 25
+_NEWEST = {"s8s8": 25, "x8s8": NEWEST, "u8s8": NEWEST, "u8s8_reduced": NEWEST}  # what TensorRT 11 reads ends at 25
 _WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
-_LARGEST = {"s8s8": 127, "u8s8": 127, "u8s8_reduced": 64}
-_ACTIVATIONS = {"s8s8": "int8", "u8s8": "uint8", "u8s8_reduced": "uint8"}
+_LARGEST = {"s8s8": 127, "x8s8": 127, "u8s8": 127, "u8s8_reduced": 64}
+_ACTIVATIONS = {"s8s8": ("int8",), "x8s8": ("int8", "uint8"), "u8s8": ("uint8",), "u8s8_reduced": ("uint8",)}
+_CENTRED = ("s8s8", "x8s8")  # flavours whose zero points are all zero
 
 
 def assert_rules(proto: Any, flavour: str, where: str, keep: Collection[str] = ()) -> None:
@@ -52,6 +53,16 @@ class _Values:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
+    def multiplies(self, name: str) -> bool:
+        """Whether a tensor is the weight of an operator, itself or transposed."""
+        return any(
+            name in list(reader.input)[_WEIGHT_INPUT[reader.op_type] :]
+            if reader.op_type in _WEIGHT_INPUT
+            else self.multiplies(reader.output[0])
+            for reader in self.readers.get(name, [])
+            if reader.op_type in (*_WEIGHT_INPUT, "Transpose", "Reshape")
+        )
+
 
 def _of_pair(graph: _Values, node: Any, flavour: str) -> Iterator[str]:
     import numpy as np
@@ -68,12 +79,13 @@ def _of_pair(graph: _Values, node: Any, flavour: str) -> Iterator[str]:
         if flavour == "s8s8":
             yield "an int32 bias is dequantized"
         return
-    expected = "int8" if weight is not None else _ACTIVATIONS[flavour]
-    if str(zero.dtype) != expected:
-        yield f"its values are {zero.dtype}, expected {expected}"
-    if (flavour == "s8s8" or weight is not None) and np.any(zero != 0):
+    multiplied = weight is not None and graph.multiplies(node.output[0])  # other constants are rounded as what they are added to
+    expected = ("int8",) if multiplied else _ACTIVATIONS[flavour]
+    if str(zero.dtype) not in expected:
+        yield f"its values are {zero.dtype}, expected {' or '.join(expected)}"
+    if (flavour in _CENTRED or multiplied) and np.any(zero != 0):
         yield "its zero point is not zero"
-    if weight is not None and weight.dtype == np.int8:
+    if weight is not None and multiplied and weight.dtype == np.int8:
         most = int(np.abs(weight.astype(np.int32)).max(initial=0))
         if most > _LARGEST[flavour]:
             yield f"a weight is {most}, the largest allowed is {_LARGEST[flavour]}"

@@ -24,7 +24,7 @@ _NUMBERED = (
 )  # sections whose numbers need provenance
 
 Origin = Literal["vendor", "third_party", "memory", "measured", "derived"]
-Flavour = Literal["u8s8", "u8s8_reduced", "s8s8"]
+Flavour = Literal["u8s8", "u8s8_reduced", "x8s8", "s8s8"]  # types of activations and weights; x: whichever a tensor's range asks for
 Positive = Field(default=None, gt=0, le=1e7)
 Fraction = Field(
     None, gt=0, le=4, description="measured or assumed fraction of the peak; above 1 where an algorithm such as Winograd saves work"
@@ -238,10 +238,12 @@ class DeviceProfile(Config):
         return self.flavour_for(self.runtimes[0].name)
 
     def flavour_for(self, backend: str) -> Flavour:
-        """What runtimes of x86 CPUs want (unsigned activations, 7-bit weights without VNNI); symmetric everywhere else."""
+        """What runtimes of x86 CPUs want (7-bit weights without VNNI; OpenVINO no zero points, onnxruntime no signs); symmetric everywhere else."""
         if backend not in ("onnxruntime", "openvino") or not self.is_cpu or "x86-64" not in self.arch.isa:
             return "s8s8"
-        return "u8s8" if any("vnni" in flag for flag in self.arch.isa) else "u8s8_reduced"
+        if not any("vnni" in flag for flag in self.arch.isa):
+            return "u8s8_reduced"
+        return "x8s8" if backend == "openvino" else "u8s8"
 
     def runtime(self, backend: str) -> Runtime | None:
         """The entry of `runtimes` for a backend, or None where the device does not offer it."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import BackendError, EdgekdError, OnnxRefused
+from edgekd.errors import BackendError, DataRefused, EdgekdError, OnnxRefused
 from edgekd.quantize._quantizer import tidied
 
 if TYPE_CHECKING:
@@ -16,10 +19,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
-_OPS = [*WEIGHTED, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat"]
+_FLOAT_OUT = ["Gemm", "MatMul"]  # runtimes give their sums in fp32 for nothing, and what follows is mostly computed in it
+_OPS = [*WEIGHTED, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat", "Relu"]
 _ACTIVATIONS = ("Relu", "Clip")  # what runtimes fuse with the rounding that follows
-_PASSING = ("Relu", "Clip", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")  # as int8 as what they get
+_PASSING = ("Clip", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice", "Pad", "Split")  # int8 as what they get
 _ROUNDED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+AUTO, CALIBRATIONS = "auto", ("minmax", "entropy", "percentile")
 Overrides = dict[str, list[dict[str, Any]]]  # tensor -> onnxruntime's TensorQuantOverrides
 
 
@@ -48,7 +53,7 @@ def static_int8(
     samples: Iterator[NDArray[np.float32]],
     *,
     flavour: str,
-    calibration: str = "minmax",
+    calibration: str = CALIBRATIONS[0],
     per_channel: bool = True,
     keep: tuple[str, ...] = (),
     ranges: Path | None = None,
@@ -63,16 +68,15 @@ def static_int8(
 
     prepared = out.with_name("prepared.onnx")
     symmetric = flavour == "s8s8"
-    method = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}[
-        calibration
-    ]
+    how = CALIBRATIONS[0] if calibration == AUTO else calibration  # a search looks at latency: any ranges will do
+    method = dict(zip(CALIBRATIONS, (CalibrationMethod.MinMax, CalibrationMethod.Entropy, CalibrationMethod.Percentile), strict=True))[how]
+    kept = ranges or out.with_name("ranges.json")
     extra: dict[str, Any] = (
         {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "AddQDQPairToWeight": False}
         if symmetric
         else {"WeightSymmetric": True}
     )
-    if calibration != "minmax":
-        samples = _equal(samples)
+    extra["OpTypesToExcludeOutputQuantization"] = _FLOAT_OUT
     try:
         _assert_fp32(onnx.load_model_from_string(graph.read_bytes()), graph.name)
         prepare(graph, prepared)
@@ -80,20 +84,25 @@ def static_int8(
             proto = onnx.load_model_from_string(prepared.read_bytes())
             extra["TensorQuantOverrides"] = trained(proto)
             prepared.write_bytes(proto.SerializeToString(deterministic=True))
+        layout = _layout(prepared, keep)
+        if not kept.is_file():
+            _calibrate(prepared, kept, samples, method)
+        if flavour == "x8s8":
+            extra["TensorQuantOverrides"] = _signed(kept) | extra.get("TensorQuantOverrides", {})
         with _quiet():
             quantize_static(
                 str(prepared),
                 str(out),
-                _Reader(samples, _input_name(prepared)),
+                None,
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=_OPS,
                 per_channel=per_channel,
                 reduce_range=flavour == "u8s8_reduced",
                 activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=_left_out(prepared, keep),
+                nodes_to_exclude=sorted(layout.left),
                 calibrate_method=method,
-                calibration_cache_path=ranges,
+                calibration_cache_path=kept,
                 extra_options=extra,
             )
     except (OSError, MemoryError, EdgekdError):  # the machine's, or said already
@@ -104,11 +113,13 @@ def static_int8(
         ) from error
     finally:
         prepared.unlink(missing_ok=True)
-    proto = tidied(_rounded_once(onnx.load_model_from_string(out.read_bytes())))
+        if ranges is None:
+            kept.unlink(missing_ok=True)
+    proto = tidied(_without_detours(onnx.load_model_from_string(out.read_bytes()), layout))
     out.write_bytes(proto.SerializeToString(deterministic=True))
     counts = {op: sum(n.op_type == op for n in proto.graph.node) for op in ("QuantizeLinear", "DequantizeLinear")}
     precision = "int8" if counts["QuantizeLinear"] else "fp32"  # where every operator is kept
-    return {"precision": precision, "flavour": flavour, "calibration": calibration, **counts}
+    return {"precision": precision, "flavour": flavour, "calibration": how, **counts}
 
 
 def _assert_fp32(proto: Any, where: str) -> None:
@@ -123,10 +134,28 @@ def _assert_fp32(proto: Any, where: str) -> None:
         )
 
 
-def _left_out(prepared: Path, keep: tuple[str, ...]) -> list[str]:
-    """`keep`, and the operators without weights that get a tensor from an operator in fp32: they would only be rounded for their own sake."""
-    if not keep:
-        return []
+def _signed(ranges: Path) -> Overrides:
+    """Signed and symmetric for every tensor that is negative somewhere: with unsigned ones from zero on, no zero point is left."""
+    from onnxruntime.quantization import QuantType, load_tensors_data
+
+    found = load_tensors_data(ranges)
+    return {t: [{"quant_type": QuantType.QInt8, "symmetric": True}] for t in found if float(found[t].range_value[0].min()) < 0}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which operators stay in fp32, and which tensors runtimes hold as int8."""
+
+    left: frozenset[str]
+    rounded: frozenset[str]
+
+    def computes(self, node: Any) -> bool:
+        """Whether an operator takes rounded inputs."""
+        return node.op_type in _OPS and node.name not in self.left
+
+
+def _layout(prepared: Path, keep: tuple[str, ...]) -> _Layout:
+    """`keep` stays, and the operators without weights that get a tensor in fp32 (a transformer's residual sum): they would be rounded for their own sake."""
     import onnx
 
     body = onnx.load_model_from_string(prepared.read_bytes()).graph
@@ -140,62 +169,119 @@ def _left_out(prepared: Path, keep: tuple[str, ...]) -> list[str]:
         if node.op_type in _OPS:
             if node.name in keep or (node.op_type not in WEIGHTED and not inside):
                 left.append(node.name)
-            else:
+            elif node.op_type not in _FLOAT_OUT:
                 rounded.update(node.output)
         elif node.op_type in _PASSING and inside:
             rounded.update(node.output)
-    return left
+    return _Layout(frozenset(left), frozenset(rounded))
 
 
-def _rounded_once(proto: Any) -> Any:
-    """Without the pairs between an operator and its activation, where the activation's output is rounded as well.
-
-    Runtimes fuse operator, activation and rounding into one int8 kernel; a pair between them makes two, and requantizes every value in fp32.
-    """
-    body = proto.graph
-    makers = {name: node for node in body.node for name in node.output}
-    readers: dict[str, list[Any]] = {}
-    for node in body.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    given = {value.name for value in body.output}
-    gone = []
-    for node in body.node:
-        if node.op_type not in _ACTIVATIONS or any(r.op_type != "QuantizeLinear" for r in readers.get(node.output[0], [node])):
-            continue
-        back = makers.get(node.input[0])
-        there = makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
-        if back is None or there is None or there.op_type != "QuantizeLinear" or there.input[0] in given:
-            continue
-        if all(len(readers[name]) == 1 for name in (there.input[0], there.output[0], back.output[0])):
-            node.input[0] = there.input[0]
-            gone += [there, back]
-    for node in gone:
-        body.node.remove(node)
-    used = {name for node in body.node for name in node.input}
-    for tensor in [t for t in body.initializer if t.name not in used and any(t.name in node.input for node in gone)]:
-        body.initializer.remove(tensor)
+def _without_detours(proto: Any, layout: _Layout) -> Any:
+    """Q/DQ pairs only where int8 kernels read them."""
+    graph = _Wires(proto)
+    _merge_activations(graph)
+    _free_readers(graph, layout)
+    graph.tidy()
     return proto
 
 
-def _equal(samples: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-    """Batches as large as the first: onnxruntime's histograms cannot take a short last one."""
-    size = 0
-    for batch in samples:
-        size = size or len(batch)
-        if len(batch) == size:
-            yield batch
+class _Wires:
+    """Who makes and who reads a tensor of a graph that is being changed."""
+
+    def __init__(self, proto: Any):
+        self.body = proto.graph
+        self.makers = {name: node for node in self.body.node for name in node.output}
+        self.readers: dict[str, list[Any]] = {}
+        for node in self.body.node:
+            for name in dict.fromkeys(node.input):
+                self.readers.setdefault(name, []).append(node)
+        self.given = {value.name for value in self.body.output}
+
+    def rewire(self, reader: Any, old: str, new: str) -> None:
+        for place, name in enumerate(reader.input):
+            if name == old:
+                reader.input[place] = new
+        self.readers[old].remove(reader)
+        self.readers.setdefault(new, []).append(reader)
+
+    def tidy(self) -> None:
+        """Takes out the pairs that nobody reads any more, and their constants."""
+        for op in ("DequantizeLinear", "QuantizeLinear"):
+            for node in [n for n in self.body.node if n.op_type == op]:
+                if not self.readers.get(node.output[0]) and node.output[0] not in self.given:
+                    self.body.node.remove(node)
+                    for name in dict.fromkeys(node.input):
+                        self.readers[name].remove(node)
+        for tensor in [t for t in self.body.initializer if t.name in self.readers and not self.readers[t.name]]:
+            self.body.initializer.remove(tensor)
+
+
+def _merge_activations(graph: _Wires) -> None:
+    """No pair between an operator and its activation where that one's output is rounded: runtimes fuse all three, and two roundings make two kernels."""
+    for node in graph.body.node:
+        if node.op_type not in _ACTIVATIONS or any(r.op_type != "QuantizeLinear" for r in graph.readers.get(node.output[0], [node])):
+            continue
+        back = graph.makers.get(node.input[0])
+        there = graph.makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
+        if back is None or there is None or there.op_type != "QuantizeLinear":
+            continue
+        if all(len(graph.readers[name]) == 1 for name in (there.input[0], there.output[0], back.output[0])):
+            graph.rewire(node, back.output[0], there.input[0])
+
+
+def _free_readers(graph: _Wires, layout: _Layout) -> None:
+    """What computes in fp32 reads what was made in fp32, though a neighbour rounds it for itself."""
+    for there in [n for n in graph.body.node if n.op_type == "QuantizeLinear"]:
+        source = there.input[0]
+        if source in layout.rounded or source not in graph.makers:
+            continue
+        for back in graph.readers.get(there.output[0], []):
+            for reader in [r for r in graph.readers.get(back.output[0], []) if not layout.computes(r)]:
+                graph.rewire(reader, back.output[0], source)
+
+
+def _calibrate(prepared: Path, out: Path, samples: Iterator[NDArray[np.float32]], method: Any) -> None:
+    """Writes the range of every tensor, batch by batch: a histogram of all activations at once would fill the memory.
+
+    Raises DataRefused without images, and OnnxRefused for a tensor that is not finite on them.
+    """
+    import numpy as np
+    import onnx
+    from onnxruntime.quantization import create_calibrator, save_tensors_data
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        augmented = str(Path(folder) / "augmented.onnx")
+        calibrator = create_calibrator(str(prepared), _OPS, augmented_model_path=augmented, calibrate_method=method)
+        name, seen = _input_name(prepared), 0
+        for batch in samples:
+            with np.errstate(invalid="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # what is not finite is refused below, with its node
+                calibrator.collect_data(_Reader(batch, name))
+            seen += len(batch)
+        if not seen:
+            raise DataRefused(
+                "there is no image to calibrate with", where="the training part", hint="more images; or a smaller fixed batch"
+            )
+        found = calibrator.compute_data()
+    for node in onnx.load_model_from_string(prepared.read_bytes()).graph.node:  # in order: the first is where it began
+        if broken := [o for o in node.output if o in found and not all(np.isfinite(v).all() for v in found[o].range_value)]:
+            raise OnnxRefused(
+                f"on the calibration images tensor '{broken[0]}' is not finite, made by node '{node.name}'",
+                where=prepared.name,
+                expected="finite activations",
+                hint="its weights or its normalisation are wrong: model.mean, model.std",
+            )
+    save_tensors_data(found, out)
 
 
 class _Reader:
-    """Feeds calibration batches to onnxruntime."""
+    """Feeds one calibration batch to onnxruntime."""
 
-    def __init__(self, samples: Iterator[NDArray[np.float32]], name: str):
-        self.samples, self.name = samples, name
+    def __init__(self, batch: NDArray[np.float32], name: str):
+        self.left = [{name: batch}]
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        batch = next(self.samples, None)
-        return None if batch is None else {self.name: batch}
+        return self.left.pop() if self.left else None
 
     def set_range(self, start_index: int, end_index: int) -> None:
         """Part of onnxruntime's interface; used only with strided calibration."""

@@ -31,9 +31,11 @@ class PTQ:
             256,
             ge=1,
             le=100_000,
-            description="training images used for calibration; entropy and percentile keep every activation of them in memory",
+            description="training images used for calibration",
         )
-        calibration: Literal["minmax", "entropy", "percentile"] = Field("minmax", description="how activation ranges are chosen")
+        calibration: Literal["auto", "minmax", "entropy", "percentile"] = Field(
+            "auto", description="how activation ranges are chosen; auto: by accuracy on val"
+        )
         per_channel: bool = Field(True, description="one weight scale an output channel")
         keep_nodes: tuple[str, ...] = Field((), description="nodes that stay in fp32, by name; `edgekd verify --against` proposes them")
 

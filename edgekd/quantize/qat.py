@@ -110,21 +110,22 @@ def _overrides(proto: Any, arrays: dict[str, Any], flavour: str) -> Overrides:
         if high - low < 127:
             wanted = (str(node.input[0]), step * low, step * high)
             node.input[0] = clips.setdefault(wanted, f"{node.input[0]}.clipped{len(clips)}")
-        scale, zero = _input_scale(step, int(low), int(high), flavour)
-        found[node.input[0]] = [{"scale": scale, "zero_point": zero}]
+        found[node.input[0]] = [_input_scale(step, int(low), int(high), flavour)]
     _insert(proto, clips)
     return found
 
 
-def _input_scale(step: float, low: int, high: int, flavour: str) -> tuple[Any, Any]:
+def _input_scale(step: float, low: int, high: int, flavour: str) -> dict[str, Any]:
     """Scale and zero point of an input: the trained grid itself, or the same range in other steps where the type does not hold it."""
     import numpy as np
+    from onnxruntime.quantization import QuantType
 
-    if flavour == "s8s8":
-        return np.array(step * max(high, 127) / 127 if low == 0 and high > 127 else step, np.float32), np.array(0, np.int8)
+    if flavour == "s8s8" or (flavour == "x8s8" and low < 0):
+        wider = step * max(high, 127) / 127 if low == 0 and high > 127 else step
+        return {"scale": np.array(wider, np.float32), "zero_point": np.array(0, np.int8), "quant_type": QuantType.QInt8}
     if low == 0:
-        return np.array(step * 127 / 255 if high == 127 else step, np.float32), np.array(0, np.uint8)
-    return np.array(step, np.float32), np.array(128, np.uint8)
+        return {"scale": np.array(step * 127 / 255 if high == 127 else step, np.float32), "zero_point": np.array(0, np.uint8)}
+    return {"scale": np.array(step, np.float32), "zero_point": np.array(128, np.uint8)}
 
 
 def _insert(proto: Any, clips: dict[tuple[str, float, float], str]) -> None:

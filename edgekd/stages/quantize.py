@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgekd.data.dataset import Dataset
 
 _BATCH = 32
+_FEW = 32  # calibration images
 
 
 @register("stage")
@@ -32,7 +33,13 @@ class Quantize:
             0, ge=0, le=200, description="graphs to build and measure to find the operators that are worth quantizing; 0 quantizes all"
         )
 
-    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "mix?": Kind.DECISION, "kept?": Kind.DECISION, "grid?": Kind.MODEL}
+    takes: Mapping[str, Kind] = {
+        "graph": Kind.GRAPH,
+        "data": Kind.DATA,
+        "mix?": Kind.DECISION,
+        "trial?": Kind.DECISION,
+        "grid?": Kind.MODEL,
+    }
     gives = Kind.GRAPH
     version = 2
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
@@ -50,14 +57,17 @@ class Quantize:
         from edgekd.stages._common import method_of, open_dataset
 
         quantizer = method_of(settings, "quantize")
-        decided = [name for decision in ("mix", "kept") if decision in inputs for name in read_decision(inputs[decision])["keep"]]
-        if decided:
-            both = (*quantizer.config.keep_nodes, *decided)
-            quantizer = type(quantizer)(quantizer.config.model_copy(update={"keep_nodes": both}))
+        decisions = [read_decision(inputs[name]) for name in ("mix", "trial") if name in inputs]
+        if decisions:
+            changes: dict[str, Any] = {"keep_nodes": (*quantizer.config.keep_nodes, *(n for d in decisions for n in d["keep"]))}
+            if chosen := next((d["calibration"] for d in decisions if d.get("calibration")), None):
+                changes["calibration"] = chosen
+            quantizer = type(quantizer)(quantizer.config.model_copy(update=changes))
         facts = inputs["graph"].json(FACTS)
         dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])
         wanted = getattr(quantizer.config, "samples", 0)  # methods that look at no data have no such setting
         samples = calibration_batches(dataset, facts, wanted, ctx.seed)
+        _warn_of_few(dataset, wanted, settings.name, ctx)
         learned = {"grid": inputs["grid"].path / GRID} if "grid" in inputs else {}
         done: dict[str, Any] = quantizer.quantize(inputs["graph"].path / GRAPH, out / GRAPH, samples, flavour, **learned)
         precision = done.get("precision", quantizer.precision)
@@ -72,6 +82,23 @@ class Quantize:
             encoding="utf-8",
         )
         return done
+
+
+def _warn_of_few(dataset: Dataset, wanted: int, name: str, ctx: Context) -> None:
+    """Ranges seen on few images, or on images of one class, cut off what others need."""
+    if not wanted:
+        return
+    from edgekd.data.loader import epoch_order
+
+    chosen = epoch_order(ctx.seed, 0, dataset.split("train"))[:wanted]
+    if len(chosen) < min(_FEW, wanted):
+        ctx.console.warn(
+            f"{name}: only {len(chosen)} training images to calibrate with: ranges may be too narrow; {_FEW} or more are better"
+        )
+    elif len(set(dataset.labels[chosen].tolist())) == 1:
+        ctx.console.warn(
+            f"{name}: all {len(chosen)} calibration images are of one class: ranges may be too narrow; give more: {name}.samples"
+        )
 
 
 def calibration_batches(dataset: Dataset, facts: Mapping[str, Any], count: int, seed: int) -> Iterator[NDArray[np.float32]]:

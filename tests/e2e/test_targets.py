@@ -270,7 +270,7 @@ def test_nodes_that_rounding_breaks_stay_in_fp32_and_the_decision_says_so(fragil
     mended = quantized(fragile, photos, tmp_path / "mended")
     assert mended.code == 0, mended.err
     assert all(r["ok"] for r in mended.json()["parity"])
-    decision = json.loads((tmp_path / "mended" / "decisions.json").read_text())["quantize.keep"]
+    decision = json.loads((tmp_path / "mended" / "decisions.json").read_text())["quantize.trial"]
     assert [r["ok"] for r in decision["rounds"]][:1] + [r["ok"] for r in decision["rounds"]][-1:] == [False, True]
     assert decision["keep"]
     assert "first at node" in decision["reason"]

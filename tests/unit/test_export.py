@@ -16,14 +16,14 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from edgekd.errors import BackendError, ParityBroken
+from edgekd.errors import BackendError, DataRefused, OnnxRefused, ParityBroken
 from edgekd.export.onnx import INPUT, OPSET, OUTPUT, export_onnx
 from edgekd.quantize.ptq import PTQ
 from edgekd.safeio.onnxfile import check_onnx
 from edgekd.stages.export import _assert_no_projector
 
 SIZE = 16
-FLAVOURS = ("u8s8", "u8s8_reduced", "s8s8")
+FLAVOURS = ("u8s8", "u8s8_reduced", "x8s8", "s8s8")
 
 
 class Net(nn.Module):
@@ -290,6 +290,24 @@ def test_a_graph_that_cannot_be_quantized_is_a_backend_error(tmp_path: Path) -> 
     assert not (tmp_path / "m.onnx").exists()
 
 
+def test_calibration_in_which_something_is_not_finite_names_the_tensor_and_its_node(graph: Path, tmp_path: Path) -> None:
+    proto = onnx.load(graph)
+    weight = next(t for t in proto.graph.initializer if len(t.dims) == 4)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] = np.inf
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(proto, tmp_path / "infinite.onnx")
+    with pytest.raises(OnnxRefused, match=r"is not finite, made by node '.*onv"):
+        PTQ(PTQ.Config()).quantize(tmp_path / "infinite.onnx", tmp_path / "m.onnx", samples(), "u8s8")
+
+
+def test_ranges_do_not_depend_on_how_images_are_batched(graph: Path, tmp_path: Path) -> None:
+    images = np.concatenate(list(samples()))
+    for number, batches in enumerate(([images], [images[:5], images[5:]])):
+        PTQ(PTQ.Config()).quantize(graph, tmp_path / f"{number}.onnx", iter(batches), "u8s8")
+    assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "1.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
 def test_a_short_last_batch_and_talk_of_the_calibrator_are_no_trouble(
     graph: Path, tmp_path: Path, calibration: str, capsys: pytest.CaptureFixture[str]
@@ -300,6 +318,6 @@ def test_a_short_last_batch_and_talk_of_the_calibrator_are_no_trouble(
     assert capsys.readouterr().out == ""  # stdout is for data
 
 
-def test_calibration_without_images_is_a_backend_error(graph: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="cannot be quantized"):
+def test_calibration_without_images_is_refused(graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataRefused, match="no image to calibrate with"):
         PTQ(PTQ.Config()).quantize(graph, tmp_path / "m.onnx", iter([]), "u8s8")

@@ -18,7 +18,7 @@ from edgekd.console import Console
 from edgekd.errors import BackendError, RecipeError
 from edgekd.export.onnx import export_onnx
 from edgekd.plan import build_plan
-from edgekd.quantize._static import _left_out
+from edgekd.quantize._static import _layout
 from edgekd.quantize.ptq import PTQ
 from edgekd.recipe import load
 from edgekd.stages.mix import Mix, _Search
@@ -125,7 +125,7 @@ def test_what_is_kept_stays_in_fp32_and_so_does_what_only_it_feeds(graph: Path, 
     assert {n for n in rounded(tmp_path / "m.onnx") if n in names} == chosen
     adds = {n.name for n in onnx.load(graph).graph.node if n.op_type == "Add"}
     assert adds
-    assert set(_left_out(graph, keep)) >= adds | set(keep)  # each of them gets a tensor from a convolution in fp32
+    assert set(_layout(graph, keep).left) >= adds | set(keep)  # each of them gets a tensor from a convolution in fp32
 
 
 def test_known_ranges_give_the_same_graph_without_data(graph: Path, tmp_path: Path) -> None:

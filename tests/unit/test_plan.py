@@ -76,7 +76,7 @@ def cut(name: str) -> list[str]:
 
 
 def rounded(name: str) -> list[str]:
-    return [f"{name}.keep", name, f"{name}.engine", f"{name}.val", f"{name}.gate"]
+    return [f"{name}.trial", name, f"{name}.engine", f"{name}.val", f"{name}.gate"]
 
 
 def ended(target: str, *, check: bool = False, teacher: bool = False) -> list[str]:
@@ -333,7 +333,11 @@ def test_where_two_runtimes_are_here_all_of_their_graphs_race() -> None:
     assert list(candidates) == [f"{b} {form}" for b in ("onnxruntime", "openvino") for form in ("fp32", "quantize", "quantize, searched")]
     chosen = plan.shipped["host"]
     assert isinstance(chosen, Choice)
-    assert chosen.options["onnxruntime quantize"] == chosen.options["openvino quantize"] == "quantize"  # one flavour, one file
+    device = plan.targets[0].device
+    one = device.flavour_for("onnxruntime") == device.flavour_for("openvino")  # one flavour, one file
+    for backend, graph in (("onnxruntime", "quantize"), ("openvino", "quantize" if one else "quantize@openvino")):
+        assert chosen.options[f"{backend} quantize"] == graph
+        assert plan.step(graph).settings.facts["flavour"] == device.flavour_for(backend)
     assert chosen.options["openvino fp32"] == "model"
     searches = {s.name: s.settings.config.backend for s in plan.steps if s.stage == "mix"}  # type: ignore[attr-defined]
     assert sorted(searches.values()) == ["onnxruntime", "openvino"]
@@ -419,7 +423,7 @@ def after(plan: Plan, name: str) -> set[str]:
         ("distill.temperature=2", "distill"),
         ("distill.augment.pad=1", "distill"),
         ("recover.lr=0.1", "recover"),
-        ("quantize.samples=9", "quantize.keep"),
+        ("quantize.samples=9", "quantize.trial"),
         ("data.image_size=40", "data"),
         ("data.split.val=0.2", "data"),
         ("model.args={drop_rate: 0.1}", "student"),
@@ -435,8 +439,8 @@ def test_a_change_reaches_its_step_and_what_depends_on_it(override: str, first: 
 def quantized(first: str) -> set[str]:
     """One quantize stage stands for a step a target."""
     return (
-        {f"quantize@rpi5{s}" for s in (".keep", "", ".engine", ".val", ".gate")} | set(ended("rpi5", check=True))
-        if first == "quantize.keep"
+        {f"quantize@rpi5{s}" for s in (".trial", "", ".engine", ".val", ".gate")} | set(ended("rpi5", check=True))
+        if first == "quantize.trial"
         else set()
     )
 
@@ -571,7 +575,7 @@ def test_every_ingredient_is_part_of_the_key(ingredient: str) -> None:
     [
         ("distill", "ofa", {"distill", "preflight"}),
         ("criterion", "l1", {"prune", "prune.widths", "preflight"}),
-        ("quantize", "ptq", {"quantize.keep", "quantize", "preflight"}),
+        ("quantize", "ptq", {"quantize.trial", "quantize", "preflight"}),
         ("format", "digits", {"data"}),
         ("stage", "export", {"teacher.export", "distill.export", "prune.export", "recover.export"}),
         ("backend", "onnxruntime", {f"{n}.engine" for n in ("teacher", "distill", "prune", "recover", "quantize")} | {"host.compile"}),
@@ -585,7 +589,7 @@ def test_every_ingredient_is_part_of_the_key(ingredient: str) -> None:
                 "prune",
                 "prune.widths",
                 "prune.gate",
-                "quantize.keep",
+                "quantize.trial",
                 "quantize.gate",
                 "host.parity",
                 "host.bundle",

@@ -19,7 +19,7 @@ from edgekd.export.qdq import assert_rules, problems
 from edgekd.quantize.ptq import PTQ
 
 SIZE = 16
-FLAVOURS = ("s8s8", "u8s8", "u8s8_reduced")
+FLAVOURS = ("s8s8", "x8s8", "u8s8", "u8s8_reduced")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,18 @@ class Branches(nn.Module):
         return both
 
 
+class Residual(nn.Module):
+    """x + Wx."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both: torch.Tensor = x + self.inner(x)
+        return both
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_an_operator_kept_in_fp32_may_read_what_another_one_rounded(tmp_path: Path, flavour: str) -> None:
     torch.manual_seed(0)
@@ -67,6 +79,39 @@ def test_an_operator_kept_in_fp32_may_read_what_another_one_rounded(tmp_path: Pa
     proto = onnx.load(tmp_path / "int8.onnx")
     assert any("its input is rounded and its weights are not" in p for p in problems(proto, flavour))
     assert list(problems(proto, flavour, keep=[second])) == []
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_convolution_and_its_relu_are_rounded_once_and_matrix_products_give_fp32(graphs: dict[str, bytes], flavour: str) -> None:
+    body = onnx.load_model_from_string(graphs[flavour]).graph
+    makers = {name: node for node in body.node for name in node.output}
+    readers = [(node, makers[name].op_type) for node in body.node for name in node.input if name in makers]
+    assert {made for node, made in readers if node.op_type == "Relu"} <= {"Conv"}  # where onnxruntime has not put it into the rounding
+    assert not [node.name for node, made in readers if node.op_type == "QuantizeLinear" and made in ("Gemm", "MatMul")]
+    assert makers[body.output[0].name].op_type == "Gemm"  # what leaves the graph is not rounded
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_sum_is_rounded_where_both_of_its_parts_are(tmp_path: Path, flavour: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Branches(), nn.Flatten(), nn.Linear(1152, 16), Residual(16))
+    export_onnx(net.eval(), SIZE, tmp_path / "fp32.onnx")
+    PTQ(PTQ.Config()).quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", images(), flavour)
+    body = onnx.load(tmp_path / "int8.onnx").graph
+    makers = {name: node.op_type for node in body.node for name in node.output}
+    sums = [{makers.get(name, "weight") for name in node.input} for node in body.node if node.op_type == "Add"]
+    assert sums[0] == {"DequantizeLinear"}  # of two convolutions
+    assert all("DequantizeLinear" not in s for s in sums[1:])  # of a linear layer and what went into it
+
+
+def test_without_zero_points_a_tensor_is_signed_where_it_is_negative_somewhere(graphs: dict[str, bytes]) -> None:
+    proto = onnx.load_model_from_string(graphs["x8s8"])
+    held = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    makers = {name: node.op_type for node in proto.graph.node for name in node.output}
+    kinds = {(makers.get(n.input[0], "input"), str(held[n.input[2]].dtype)) for n in proto.graph.node if n.op_type == "QuantizeLinear"}
+    assert ("input", "int8") in kinds
+    assert {kind for made, kind in kinds if made in ("Conv", "Relu")} >= {"uint8"}
+    assert not any(held[n.input[2]].any() for n in proto.graph.node if n.op_type == "QuantizeLinear")
 
 
 @pytest.mark.parametrize(("made", "wanted"), [("u8s8", "s8s8"), ("s8s8", "u8s8"), ("u8s8", "u8s8_reduced")])
