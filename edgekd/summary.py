@@ -75,7 +75,11 @@ class _Summary:
             for t in targets
             if asked[t["device"]] not in ("auto", t["precision"])
         ]
-        found += [f"{row['target']}: parity is broken at '{row['rung']}' ({', '.join(row['failed'])})" for row in parity if not row["ok"]]
+        found += [
+            f"{row['target']}: parity is broken at '{row['rung']}' ({', '.join(row['failed'])}), first at {row['first_break']}"
+            for row in parity
+            if not row["ok"]
+        ]
         return found + ([accept["reason"]] if accept["met"] is False else [])
 
     # ------------------------------------------------------------------------------------------------ rows

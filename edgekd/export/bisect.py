@@ -6,18 +6,22 @@ shows what reached it. Both run without graph optimization, which would fuse the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    from torch import Tensor, nn
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
+    Values = dict[str, np.ndarray[Any, Any]]
+    Runner = Callable[[onnx.ModelProto, list[str], Feeds], Values]  # intermediate tensors of a graph by name
 
 _LIMITS = {"fp32": {"min_cosine": 0.999, "max_relative": 1e-2}, "fp16": {"min_cosine": 0.99, "max_relative": 0.1}}
 _ROUNDED = {"min_cosine": 0.9, "max_relative": float("inf")}  # one value of a rounded tensor may be far off; its direction may not
+_FOLDED = 2  # layers that an exporter may fold into the one before
 _CHUNK = 40  # intermediate tensors that are held at once
 _EPS = 1e-12
 
@@ -38,21 +42,70 @@ class Compared:
         return f"node '{self.node}' ({self.op}{part}): cosine {self.cosine:.4f}, error {self.max_relative:.2g} of the largest value"
 
 
-def compare_tensors(reference: onnx.ModelProto, other: onnx.ModelProto, feeds: Feeds, other_feeds: Feeds) -> list[Compared]:
-    """Every tensor that both graphs compute under one name with one shape, in the order of `other`."""
+def compare_tensors(
+    reference: onnx.ModelProto, other: onnx.ModelProto, feeds: Feeds, other_feeds: Feeds, run: Runner | None = None
+) -> list[Compared]:
+    """Every tensor that both graphs compute under one name with one shape, in the order of `other`, which `run` may run on another runtime."""
     produced = {name for node in reference.graph.node for name in node.output if name}
     places = {name: node for node in other.graph.node for name in node.output if name in produced}
     modules, found = _modules(other), []
     names = list(places)
     for start in range(0, len(names), _CHUNK):
         chunk = names[start : start + _CHUNK]
-        a, b = _values(reference, chunk, feeds), _values(other, chunk, other_feeds)
+        a, b = _values(reference, chunk, feeds), (run or _values)(other, chunk, other_feeds)
         for name in chunk:
             if name in a and name in b and a[name].shape == b[name].shape and a[name].size:
                 node = places[name]
                 cosine, relative = _distance(a[name], b[name])
                 found.append(Compared(node.name or name, node.op_type, modules.get(name, ""), name, cosine, relative))
     return found
+
+
+def compare_modules(module: nn.Module, images: Tensor, proto: onnx.ModelProto, feeds: Feeds) -> list[Compared]:
+    """Every tensor that a node with weights makes, against what torch computes there, in the order of the graph.
+
+    Exporters fold what follows a layer into it (a batch norm, a bias, an activation), so a tensor may be the output of the layer of its weights or of
+    one of the next two that run; the nearest counts.
+    """
+    order, seen = _recorded(module, images)
+    modules = _modules(proto)
+    held = {t.name for t in proto.graph.initializer}
+    places = {n.output[0]: n for n in proto.graph.node if any(i in held and "." in i for i in n.input) and modules.get(n.output[0]) in seen}
+    found = []
+    names = list(places)
+    for start in range(0, len(names), _CHUNK):
+        chunk = names[start : start + _CHUNK]
+        for name, value in _values(proto, chunk, feeds).items():
+            at = order.index(modules[name])
+            near = [seen[m] for m in order[at : at + 1 + _FOLDED] if seen[m].shape == value.shape]
+            if near and value.size:
+                cosine, relative = min((_distance(other, value) for other in near), key=lambda d: (d[1], -d[0]))
+                found.append(Compared(places[name].name or name, places[name].op_type, modules[name], name, cosine, relative))
+    return found
+
+
+def _recorded(module: nn.Module, images: Tensor) -> tuple[list[str], Values]:
+    """Names of the leaves in the order in which they first run, and what each gives then."""
+    import torch
+
+    seen: Values = {}
+    leaves = {name: m for name, m in module.named_modules() if name and not any(True for _ in m.children())}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                seen.setdefault(name, output.detach().numpy())
+
+        return hook
+
+    hooks = [m.register_forward_hook(keep(name)) for name, m in leaves.items()]
+    try:
+        with torch.inference_mode():
+            module(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen), seen
 
 
 def tensor_limits(precision: str) -> dict[str, float]:
@@ -100,17 +153,23 @@ def _distance(a: Any, b: Any) -> tuple[float, float]:
     return 1.0 if same else float(x @ y) / max(size, _EPS), float(np.abs(x - y).max()) / max(float(np.abs(x).max()), _EPS)
 
 
-def _values(model: onnx.ModelProto, names: list[str], feeds: Feeds) -> dict[str, Any]:
-    """Values of intermediate tensors, floats only."""
+def showing(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    """A copy that gives these intermediate tensors as its outputs."""
     import onnx
-    import onnxruntime as ort
 
     own = {n for node in model.graph.node for n in node.output}
-    wanted = [n for n in names if n in own]
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.graph.output[:]
-    copy.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted)  # onnxruntime infers their types
+    copy.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n in own)  # runtimes infer their types
+    return copy
+
+
+def _values(model: onnx.ModelProto, names: list[str], feeds: Feeds) -> dict[str, Any]:
+    """Values of intermediate tensors, floats only."""
+    import onnxruntime as ort
+
+    copy = showing(model, names)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4

@@ -76,7 +76,7 @@ def static_int8(
         if symmetric
         else {"WeightSymmetric": True}
     )
-    extra["OpTypesToExcludeOutputQuantization"] = _FLOAT_OUT
+    extra |= {"OpTypesToExcludeOutputQuantization": _FLOAT_OUT, "QDQKeepRemovableActivations": True}  # activations are merged below
     try:
         _assert_fp32(onnx.load_model_from_string(graph.read_bytes()), graph.name)
         prepare(graph, prepared)

@@ -255,7 +255,11 @@ def _operator_cells(op: dict[str, Any]) -> list[str]:
 
 def _parity(run: Run, _: Figures) -> str:
     rows = [_parity_cells(rung) for rung in run.get("parity") or []]
-    return _table(["rung", "max error", "cosine", "agreement", "metric change, points", "threshold", "parity"], rows) if rows else ""
+    return (
+        _table(["rung", "max error", "cosine", "agreement", "metric change, points", "threshold", "parity", "breaks first at"], rows)
+        if rows
+        else ""
+    )
 
 
 def _parity_cells(rung: dict[str, Any]) -> list[str]:
@@ -267,7 +271,7 @@ def _parity_cells(rung: dict[str, Any]) -> list[str]:
     ]
     word = {True: "holds", False: "broken"}.get(rung.get("ok"), "unknown")  # type: ignore[arg-type]
     cells = [_td(n, "num") for n in [*numbers, text.points(rung.get("metric_delta"))]]
-    return [_td(rung.get("rung")), *cells, _td(_flat(rung.get("threshold"))), _mark(word)]
+    return [_td(rung.get("rung")), *cells, _td(_flat(rung.get("threshold"))), _mark(word), _td(rung.get("first_break") or text.NONE)]
 
 
 def _flat(value: Any) -> str:

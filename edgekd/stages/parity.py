@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from edgekd.config import Config as Base
 from edgekd.quantize._learned import GRID
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
+from edgekd.stages.compile import ENGINE
 from edgekd.stages.export import FACTS, GRAPH
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
+    from edgekd.export.bisect import Compared
 
 PARITY = "parity.json"
+_PROBES = 8  # images whose intermediate tensors are compared where a rung is broken
 
 
 @register("stage")
@@ -33,21 +36,23 @@ class Parity:
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "fp32": Kind.GRAPH, "data": Kind.DATA, "model?": Kind.MODEL, "engine?": Kind.ENGINE}
     gives = Kind.METRICS
-    version = 2
+    version = 3
     libraries = ("torch", "onnxruntime-gpu", "onnxruntime")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.parity import compare
         from edgekd.stages._common import drawn, open_dataset, task_of
-        from edgekd.stages.compile import ENGINE, open_engine
+        from edgekd.stages.compile import open_engine
         from edgekd.stages.evaluate import run_engine
 
         task, dataset = task_of(settings), open_dataset(inputs["data"], ctx)
         positions = drawn(dataset, "val", settings.typed(self.Config).samples)
         labels, rows = dataset.labels[positions], []
+        places = _Places(inputs, dataset, positions[:_PROBES])
         onnx = graph_outputs(inputs["fp32"], dataset, positions, ctx)
         if "model" in inputs:
-            rows.append(compare("torch fp32 -> ONNX fp32", "fp32", torch_outputs(inputs["model"], dataset, positions), onnx, labels, task))
+            row = compare("torch fp32 -> ONNX fp32", "fp32", torch_outputs(inputs["model"], dataset, positions), onnx, labels, task)
+            rows.append(row | places.of(row, places.exported))
         precision = inputs["graph"].json(FACTS)["precision"]
         if inputs["graph"].digest != inputs["fp32"].digest:
             rounded, source = graph_outputs(inputs["graph"], dataset, positions, ctx), "ONNX fp32"
@@ -55,14 +60,90 @@ class Parity:
                 "model" in inputs and (inputs["model"].path / GRID).is_file()
             ):  # trained with rounded inputs: without them it is another model
                 onnx, source = torch_outputs(inputs["model"], dataset, positions, rounded=True), "torch rounded"
-            rows.append(compare(f"{source} -> {precision}", precision, onnx, rounded, labels, task))
+            row = compare(f"{source} -> {precision}", precision, onnx, rounded, labels, task)
+            rows.append(row | places.of(row, places.rounded))
             onnx = rounded
         if "engine" in inputs and inputs["engine"].json(ENGINE)["backend"] != "onnxruntime":  # on which the rungs before were run
             session, facts = open_engine(inputs["engine"])
             found = run_engine(session, facts, dataset, positions, ctx, "parity")
-            rows.append(compare(f"ONNX {precision} -> {facts['backend']}", precision, onnx, found, labels, task))
+            row = compare(f"ONNX {precision} -> {facts['backend']}", precision, onnx, found, labels, task)
+            rows.append(row | places.of(row, places.built))
         (out / PARITY).write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
         return {"ok": all(row["ok"] for row in rows)}
+
+
+class _Places:
+    """Finds the first node at which a broken rung breaks, on a few images."""
+
+    def __init__(self, inputs: Mapping[str, Artifact], dataset: Dataset, positions: NDArray[np.int64]):
+        self.inputs, self.dataset, self.positions = inputs, dataset, positions
+
+    def of(self, row: Mapping[str, Any], compared: Callable[[], list[Compared]]) -> dict[str, Any]:
+        """`first_break` in words for a row that is broken; nothing where it holds. What cannot be looked into says why."""
+        from edgekd.export.bisect import first_break, tensor_limits
+
+        if row["ok"]:
+            return {}
+        precision = self.inputs["graph"].json(FACTS)["precision"] if "torch fp32" not in row["rung"] else "fp32"
+        try:
+            first = first_break(compared(), **tensor_limits(precision))
+        except Exception as problem:  # looking for the reason must not hide that the rung is broken
+            return {"first_break": f"not found: {type(problem).__name__}: {problem}"[:300]}
+        return {"first_break": first.said() if first else "no single node: errors add up"}
+
+    def exported(self) -> list[Compared]:
+        import torch
+
+        from edgekd.export.bisect import compare_modules
+        from edgekd.models.build import load_model
+        from edgekd.safeio.onnxfile import check_onnx
+
+        module, _ = load_model(self.inputs["model"])
+        feeds = self._feeds("fp32")
+        [images] = feeds.values()
+        return compare_modules(module.eval(), torch.from_numpy(images), check_onnx(self.inputs["fp32"].path / GRAPH, trusted=True), feeds)
+
+    def rounded(self) -> list[Compared]:
+        from edgekd.export.bisect import compare_tensors
+        from edgekd.safeio.onnxfile import check_onnx
+
+        fp32, graph = (check_onnx(self.inputs[n].path / GRAPH, trusted=True) for n in ("fp32", "graph"))
+        return compare_tensors(fp32, graph, self._feeds("fp32"), self._feeds("graph"))
+
+    def built(self) -> list[Compared]:
+        """The graph's tensors on onnxruntime against the same on the engine's runtime, built again to show them."""
+        from edgekd.export.bisect import compare_tensors
+        from edgekd.safeio.onnxfile import check_onnx
+
+        graph, feeds = check_onnx(self.inputs["graph"].path / GRAPH, trusted=True), self._feeds("graph")
+        return compare_tensors(graph, graph, feeds, feeds, self._on_its_runtime)
+
+    def _on_its_runtime(self, model: Any, names: list[str], feeds: Any) -> dict[str, Any]:
+        import tempfile
+
+        from edgekd import registry
+        from edgekd.export.bisect import showing
+        from edgekd.profile.device import load_device
+
+        facts = self.inputs["engine"].json(ENGINE)
+        backend, device = registry.load("backend", facts["backend"])(), load_device(facts["device"])
+        with tempfile.TemporaryDirectory() as name:
+            file = Path(name) / "showing.onnx"
+            file.write_bytes(showing(model, names).SerializeToString())
+            meta = backend.convert(file, device, Path(name), {}, batch=len(self.positions))
+            session = backend.open(Path(name) / meta["model_file"], threads=facts["threads"], device=device)
+            values = dict(zip(session.output_names, session.run(dict(feeds)), strict=True))
+            session.close()
+        return {n: v for n, v in values.items() if v.dtype.kind == "f"}
+
+    def _feeds(self, name: str) -> dict[str, NDArray[np.float32]]:
+        import numpy as np
+
+        from edgekd.data.normalise import normalised
+
+        facts = self.inputs[name].json(FACTS)
+        positions = np.resize(self.positions, facts["fixed_batch"]) if facts["fixed_batch"] else self.positions
+        return {facts["input"]: normalised(self.dataset.images(positions), facts)}
 
 
 def graph_outputs(graph: Artifact, dataset: Dataset, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
