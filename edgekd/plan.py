@@ -525,10 +525,14 @@ class _Planner:
             for settings in quantizing:
                 key = (settings.name, place.device.flavour_for(backend))
                 if key not in made:
-                    name = self._own_name(settings.name, target, *([backend] if any(n == settings.name for n, _ in made) else []))
+                    first = not any(
+                        n == settings.name for n, _ in made
+                    )  # it stands for its stage in the table of stages; the race has them all
+                    name = self._own_name(settings.name, target, *([] if first else [backend]))
                     made[key] = self._quantized(name, settings, place, graph, model, None)
-                    self._measured(name, made[key])
-                    stages.append(name)
+                    if first:
+                        self._measured(name, made[key])
+                        stages.append(name)
                 graphs[f"{backend} {settings.name}"] = made[key]
                 name = self._own_name(settings.name, target, backend, "searched")
                 if mix := self._mix(name, settings, place, graph):

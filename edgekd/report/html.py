@@ -187,11 +187,18 @@ def _target_cells(row: TargetRow, metric: str) -> list[str]:
 
 
 def _candidates(run: Run, _: Figures) -> str:
-    headers = ["candidate", "precision", "p50 [95 %]", "latency against the first", "points on val", "size", ""]
+    headers = ["candidate", "precision", "p50 [95 %]", "latency against the first", "points on val", "size", "", "note"]
     parts = []
     for device, rows in candidate_rows(run).items():
         cells = [
-            [_td(r.name), _td(r.precision), *(_td(v, "num") for v in (r.latency, r.against, r.change, r.size)), _td(r.word)] for r in rows
+            [
+                _td(r.name),
+                _td(r.precision),
+                *(_td(v, "num") for v in (r.latency, r.against, r.change, r.size)),
+                _td(r.word),
+                _td(r.note, "wide"),
+            ]
+            for r in rows
         ]
         parts.append(f"<h3>{_e(device)}</h3>" + _table(headers, cells))
     return "".join(parts) + (_note(_CANDIDATE_NOTE) if parts else "")

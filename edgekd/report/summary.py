@@ -61,7 +61,8 @@ class CandidateRow(NamedTuple):
     against: str  # latency relative to the first candidate's
     change: str  # of accuracy on val
     size: str
-    word: str  # ships, refused, what was kept in higher precision, or nothing
+    word: str  # ships | refused | nothing
+    note: str  # why it is refused, or how it was quantized
 
 
 def summary(run: dict[str, Any]) -> RenderableType:
@@ -73,7 +74,8 @@ def summary(run: dict[str, Any]) -> RenderableType:
         parts += [_stage_table(stages), *_reasons(stages)]
     if targets := target_rows(run):
         parts += [_target_table(targets), *_target_reasons(targets)]
-    parts += [_candidate_table(rows) for rows in candidate_rows(run).values()]
+    for rows in candidate_rows(run).values():
+        parts += [_candidate_table(rows), *(_line(f"{r.name}: ", r.note, "") for r in rows if r.note)]
     parts += [_line("warning: ", str(w), "yellow") for w in run.get("warnings") or []]
     parts += [_line(f"{name}: ", words, "") for name, words in next_steps(run)]
     parts.append(_line("", headline(run), "bold"))
@@ -223,16 +225,8 @@ def _candidate_row(row: dict[str, Any]) -> CandidateRow:
         against=text.NONE if ratio_ is None else f"{ratio_:.2f}x",
         change=text.NONE if drop is None else f"{0.0 - drop * 100:+.2f}",
         size=text.size(row.get("size_bytes")),
-        word="; ".join(
-            filter(
-                None,
-                (
-                    "ships" if row.get("chosen") else "",
-                    f"refused: {clean(str(row['refused']))}" if row.get("refused") else "",
-                    clean(str(row.get("note") or "")),
-                ),
-            )
-        ),
+        word="refused" if row.get("refused") else "ships" if row.get("chosen") else "",
+        note=clean(str(row.get("refused") or row.get("note") or "")),
     )
 
 
@@ -289,10 +283,10 @@ def _target_table(rows: list[TargetRow]) -> Table:
 
 
 def _candidate_table(rows: list[CandidateRow]) -> Table:
-    table = _table("candidate", "precision", "p50", "latency", "points on val", "size", "", fold=("candidate", "precision", "p50", ""))
+    table = _table("candidate", "precision", "p50", "latency", "points on val", "size", "", fold=("candidate", "precision", "p50"))
     for row in rows:
         cells = [row.name, row.precision, row.latency.split(" [")[0], row.against, row.change, row.size]
-        table.add_row(*map(_text, cells), _text(row.word, _STYLES["kept"] if row.word.startswith("ships") else ""))
+        table.add_row(*map(_text, cells), _text(row.word, _STYLES["kept"] if row.word == "ships" else ""))
     return table
 
 

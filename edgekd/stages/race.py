@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Opened = dict[str, tuple[Session, dict[str, Any]]]
 
 _SECONDS_PER_ENGINE = 2.0
+_SAMPLES = 2000  # val images that candidates are judged on: six of them over all of a large val part would take an hour
 
 
 @register("stage")
@@ -82,12 +83,13 @@ def _judged(
     """Open engines, their loss on val with its interval, and the reasons of those that a runtime refuses; raises where the first is one of them."""
     import numpy as np
 
-    from edgekd.stages._common import open_dataset, task_of
+    from edgekd.stages._common import drawn, open_dataset, task_of
 
     task, dataset = task_of(settings), open_dataset(inputs["data"], ctx)
-    positions = dataset.split("val")
-    labels = dataset.labels[positions]
-    start = task.scores(np.load(inputs["start_metrics"].path / OUTPUTS), labels).tolist()
+    whole, positions = dataset.split("val"), drawn(dataset, "val", _SAMPLES)
+    labels, places = dataset.labels[positions], {p: i for i, p in enumerate(whole.tolist())}
+    outputs = np.load(inputs["start_metrics"].path / OUTPUTS)[[places[p] for p in positions.tolist()]]
+    start = task.scores(outputs, labels).tolist()
     opened: Opened = {}
     drops, refused = {}, {}
     for name, engine in engines.items():

@@ -451,9 +451,11 @@ def test_missing_section_is_said_in_one_sentence(run: Run, title: str, keys: str
 
 def test_what_was_raced_is_a_table_fastest_first_with_what_was_refused(run: Run) -> None:
     for shown in (Page(render(run)).section("Runtimes and precisions measured"), console(run, 200)):
-        places = [shown.index(word) for word in ("0.95x", "1.00x", "refused: no kernel for [red]Foo[/red]")]
+        places = [shown.index(word) for word in ("0.95x", "1.00x", "refused")]
         assert places == sorted(places)
-        assert "ships; 1 nodes stay in higher precision" in shown
+        assert "ships" in shown
+        assert "no kernel for [red]Foo[/red]" in shown
+        assert "1 nodes stay in higher precision" in shown
         assert "-0.11" in shown
 
 
