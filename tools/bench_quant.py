@@ -127,18 +127,26 @@ def rivals(model: Path, work: Path, samples: list[Any]) -> Iterator[Entry]:
 
 
 def measured(entries: list[Entry], size: int, seconds: float) -> dict[str, Any]:
-    """Speed-up over the first entry with its interval, by entry number."""
+    """Speed-up over the first entry with its interval, by entry number; for a file that its runtime refuses, the reason."""
     import numpy as np
 
     from edgekd import registry
+    from edgekd.errors import BackendError
     from edgekd.profile.device import load_device
     from edgekd.profile.measure import measure, ratio
 
     host = load_device("host")
-    sessions = {str(i): registry.load("backend", e.backend)().open(e.file, threads=1, device=host) for i, e in enumerate(entries)}
     image = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
+    sessions, refused = {}, {}
+    for number, entry in enumerate(entries):
+        try:
+            session = registry.load("backend", entry.backend)().open(entry.file, threads=1, device=host)
+            session.run({session.input_names[0]: image})
+            sessions[str(number)] = session
+        except BackendError as problem:
+            refused[str(number)] = {"ratio": 0.0, "refused": problem.what}
     samples = measure(sessions, {n: {s.input_names[0]: image} for n, s in sessions.items()}, budget_s=seconds)
-    return {n: ratio(samples["0"], found) for n, found in samples.items()}
+    return {n: ratio(samples["0"], found) for n, found in samples.items()} | refused
 
 
 def accuracy(name: str, file: Path, fp32: Path, images: Any, labels: Any) -> None:
@@ -210,10 +218,10 @@ def main() -> None:
             found = measured(entries, size, args.seconds)
             print(f"\n| {name} on | file | speed-up over fp32 onnxruntime | MB | made in s |\n|---|---|---|---|---|")
             for number, entry in enumerate(entries):
-                low, high = found[str(number)]["ci95"]
+                row = found[str(number)]
                 weight = sum(f.stat().st_size for f in (entry.file, entry.file.with_suffix(".bin")) if f.is_file())
                 took = f"{entry.seconds:.0f}" if entry.seconds else "-"
-                gain = f"{found[str(number)]['ratio']:.2f}x [{low:.2f}, {high:.2f}]"
+                gain = row.get("refused") or f"{row['ratio']:.2f}x [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}]"
                 print(f"| {entry.backend} | {entry.name} | {gain} | {weight / 1e6:.2f} | {took} |")
             best = max(range(1, len(entries) - 1), key=lambda i: found[str(i)]["ratio"])
             mine = found[str(len(entries) - 1)]["ratio"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import BackendError, DataRefused, EdgekdError, OnnxRefused
+from edgekd.quantize._lower import lower
 from edgekd.quantize._quantizer import tidied
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ Overrides = dict[str, list[dict[str, Any]]]  # tensor -> onnxruntime's TensorQua
 
 
 def prepare(graph: Path, out: Path) -> None:
-    """The graph as it is quantized: batch norms folded, constants computed, shapes inferred, every node with a name."""
+    """The graph as it is quantized: batch norms folded, constants computed, shapes inferred, every node with a name, lowered to what has int8 kernels."""
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -44,7 +45,7 @@ def prepare(graph: Path, out: Path) -> None:
                 for mark in ("", *(f"_{i}" for i in range(99)))
                 if f"{node.op_type}_{number}{mark}" not in taken
             )
-    out.write_bytes(proto.SerializeToString(deterministic=True))
+    out.write_bytes(lower(proto).SerializeToString(deterministic=True))
 
 
 def static_int8(
