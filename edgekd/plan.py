@@ -617,16 +617,14 @@ class _Planner:
             note = f"{target.name}: '{settings.name}' quantizes everything, {why}"
             self.plan.notes += [note] if note not in self.plan.notes else []
             return None
-        config = self._config("mix", **_place(target), evaluations=evaluations, accuracy_drop_max=self.recipe.accept.accuracy_drop_max)
-        return self._add(
-            f"{name}.mix",
-            "mix",
-            None,
-            {"graph": graph, "data": "data"},
-            settings=Settings(f"{name}.mix", config, settings.method, settings.method_config),
-            facts={"flavour": target.device.flavour_for(target.backend)} | self._task() | _here(),
-            user=True,
-        )
+        facts = {"flavour": target.device.flavour_for(target.backend)} | self._task() | _here()
+        inputs: dict[str, Ref] = {"graph": graph, "data": "data"}
+        limit = {"accuracy_drop_max": self.recipe.accept.accuracy_drop_max}
+        for stage, more in (("sensitivity", {}), ("mix", limit)):
+            config = self._config(stage, **_place(target), evaluations=evaluations, **more)
+            step = Settings(f"{name}.{stage}", config, settings.method, settings.method_config)
+            inputs |= {stage: self._add(f"{name}.{stage}", stage, None, dict(inputs), settings=step, facts=facts, user=stage == "mix")}
+        return str(inputs["mix"])
 
     def _trial(self, name: str, settings: Settings, inputs: Mapping[str, Ref], flavour: dict[str, Any]) -> str | None:
         """The trial that chooses the calibration and finds nodes to keep, where the method leaves the one open or the recipe allows the other."""

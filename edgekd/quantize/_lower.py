@@ -1,7 +1,8 @@
 """Says a few operations in words that runtimes have int8 kernels for; the graph computes the same.
 
-A mean over height and width is a GlobalAveragePool. A strided Slice of height and width with zero channels put around it (the parameter-free shortcut
-of CIFAR ResNets) is a 1x1 convolution that copies: one kernel instead of a Slice for each axis, a Pad, and the change of layout before and after them.
+A mean over height and width is a GlobalAveragePool. HardSwish is one operator again: preparing a graph takes it apart, and then no runtime fuses it.
+A strided Slice of height and width with zero channels put around it (the parameter-free shortcut of CIFAR ResNets) is a 1x1 convolution that copies:
+one kernel instead of a Slice for each axis, a Pad, and the change of layout before and after them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def lower(proto: ModelProto) -> ModelProto:
             _pool(graph, node)
         elif node.op_type == "Slice":
             _copying_conv(graph, node)
+        elif node.op_type == "HardSigmoid":
+            _hard_swish(graph, node)
     graph.write()
     return proto
 
@@ -72,6 +75,9 @@ class _Graph:
         nodes = [new for node in self.body.node for new in self.replaced.get(node.name, [node])]
         del self.body.node[:]
         self.body.node.extend(nodes)
+        used = {name for node in nodes for name in node.input} | self.given
+        for tensor in [t for t in self.body.initializer if t.name in self.readers and t.name not in used]:
+            self.body.initializer.remove(tensor)
 
 
 def _pool(graph: _Graph, node: NodeProto) -> None:
@@ -92,6 +98,17 @@ def _pool(graph: _Graph, node: NodeProto) -> None:
         helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], node.name),
         helper.make_node("Squeeze", [pooled, where], [node.output[0]], f"{node.name}_squeeze"),
     ]
+
+
+def _hard_swish(graph: _Graph, gate: NodeProto) -> None:
+    """x * HardSigmoid(x) of slope 1/6 -> HardSwish(x)."""
+    from onnx import helper
+
+    told, product = {"alpha": 0.2, "beta": 0.5} | {a.name: a.f for a in gate.attribute}, graph.next(gate)
+    if product is None or product.op_type != "Mul" or set(product.input) != {gate.input[0], gate.output[0]}:
+        return
+    if abs(told["alpha"] - 1 / 6) < 1e-6 and told["beta"] == 0.5:
+        graph.replaced |= {gate.name: [], product.name: [helper.make_node("HardSwish", [gate.input[0]], [product.output[0]], product.name)]}
 
 
 def _copying_conv(graph: _Graph, first: NodeProto) -> None:

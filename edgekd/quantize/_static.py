@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 _FLOAT_OUT = ["Gemm", "MatMul"]  # runtimes give their sums in fp32 for nothing, and what follows is mostly computed in it
-_OPS = [*WEIGHTED, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat", "Relu"]
+_OPS = (*WEIGHTED, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat", "Relu")
+_MORE_OPS = {"x8s8": ("Mul",)}  # OpenVINO has int8 products of two tensors
 _ACTIVATIONS = ("Relu", "Clip")  # what runtimes fuse with the rounding that follows
+_MORE_ACTIVATIONS = {
+    "x8s8": ("HardSwish", "HardSigmoid", "Sigmoid", "Elu", "LeakyRelu", "Gelu", "Tanh", "Mish")
+}  # OpenVINO fuses nearly all
 _PASSING = ("Clip", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice", "Pad", "Split")  # int8 as what they get
 _ROUNDED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
 AUTO, CALIBRATIONS = "auto", ("minmax", "entropy", "percentile")
@@ -85,9 +89,9 @@ def static_int8(
             proto = onnx.load_model_from_string(prepared.read_bytes())
             extra["TensorQuantOverrides"] = trained(proto)
             prepared.write_bytes(proto.SerializeToString(deterministic=True))
-        layout = _layout(prepared, keep)
+        layout = _layout(prepared, keep, flavour)
         if not kept.is_file():
-            _calibrate(prepared, kept, samples, method)
+            _calibrate(prepared, kept, samples, method, layout.ops)
         if flavour == "x8s8":
             extra["TensorQuantOverrides"] = _signed(kept) | extra.get("TensorQuantOverrides", {})
         with _quiet():
@@ -96,7 +100,7 @@ def static_int8(
                 str(out),
                 None,
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=_OPS,
+                op_types_to_quantize=list(layout.ops),
                 per_channel=per_channel,
                 reduce_range=flavour == "u8s8_reduced",
                 activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
@@ -145,42 +149,51 @@ def _signed(ranges: Path) -> Overrides:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which operators stay in fp32, and which tensors runtimes hold as int8."""
+    """Which operators stay in fp32, which tensors runtimes hold as int8, and what they fuse with the rounding behind it."""
 
     left: frozenset[str]
     rounded: frozenset[str]
+    ops: tuple[str, ...] = _OPS
+    activations: tuple[str, ...] = _ACTIVATIONS
 
     def computes(self, node: Any) -> bool:
         """Whether an operator takes rounded inputs."""
-        return node.op_type in _OPS and node.name not in self.left
+        return node.op_type in self.ops and node.name not in self.left
 
 
-def _layout(prepared: Path, keep: tuple[str, ...]) -> _Layout:
+def _layout(prepared: Path, keep: tuple[str, ...], flavour: str) -> _Layout:
     """`keep` stays, and the operators without weights that get a tensor in fp32 (a transformer's residual sum): they would be rounded for their own sake."""
     import onnx
 
-    body = onnx.load_model_from_string(prepared.read_bytes()).graph
+    ops, activations = _OPS + _MORE_OPS.get(flavour, ()), _ACTIVATIONS + _MORE_ACTIVATIONS.get(flavour, ())
+    proto = onnx.load_model_from_string(prepared.read_bytes())
+    body, swish = proto.graph, {product.name for _, product in _swishes(_Wires(proto))}
     missing = set(keep) - {n.name for n in body.node}
     if missing:
         raise ValueError(f"there is no node '{min(missing)}' to keep")
-    rounded: set[str] = {t.name for t in body.initializer}
+    constants = {t.name for t in body.initializer}
+    rounded: set[str] = set(constants)
     left = []
     for node in body.node:
         inside = all(n in rounded for n in node.input if n)
-        if node.op_type in _OPS:
-            if node.name in keep or (node.op_type not in WEIGHTED and not inside):
+        if node.name in swish:
+            left.append(node.name)  # it computes in the kernel before it, or in fp32
+            rounded.update(node.output if inside and "Sigmoid" in activations else ())
+        elif node.op_type in ops:
+            scaled = node.op_type == "Mul" and constants & set(node.input)  # by a vector of its own: its few values take no rounding
+            if node.name in keep or scaled or (node.op_type not in WEIGHTED and not inside):
                 left.append(node.name)
             elif node.op_type not in _FLOAT_OUT:
                 rounded.update(node.output)
-        elif node.op_type in _PASSING and inside:
+        elif node.op_type in (*_PASSING, *activations) and inside:
             rounded.update(node.output)
-    return _Layout(frozenset(left), frozenset(rounded))
+    return _Layout(frozenset(left), frozenset(rounded), ops, activations)
 
 
 def _without_detours(proto: Any, layout: _Layout) -> Any:
     """Q/DQ pairs only where int8 kernels read them."""
     graph = _Wires(proto)
-    _merge_activations(graph)
+    _merge_activations(graph, layout)
     _free_readers(graph, layout)
     graph.tidy()
     return proto
@@ -217,17 +230,32 @@ class _Wires:
             self.body.initializer.remove(tensor)
 
 
-def _merge_activations(graph: _Wires) -> None:
+def _merge_activations(graph: _Wires, layout: _Layout) -> None:
     """No pair between an operator and its activation where that one's output is rounded: runtimes fuse all three, and two roundings make two kernels."""
-    for node in graph.body.node:
-        if node.op_type not in _ACTIVATIONS or any(r.op_type != "QuantizeLinear" for r in graph.readers.get(node.output[0], [node])):
+    found = [([node], node) for node in graph.body.node if node.op_type in layout.activations]
+    if "Sigmoid" in layout.activations:
+        found += [([gate, product], product) for gate, product in _swishes(graph)]
+    for parts, last in found:
+        if any(r.op_type != "QuantizeLinear" for r in graph.readers.get(last.output[0], [last])):
             continue
-        back = graph.makers.get(node.input[0])
+        back = graph.makers.get(parts[0].input[0])
         there = graph.makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
         if back is None or there is None or there.op_type != "QuantizeLinear":
             continue
-        if all(len(graph.readers[name]) == 1 for name in (there.input[0], there.output[0], back.output[0])):
-            graph.rewire(node, back.output[0], there.input[0])
+        alone = all(len(graph.readers[name]) == 1 for name in (there.input[0], there.output[0]))
+        if alone and len(graph.readers[back.output[0]]) == len(parts):
+            for node in parts:
+                graph.rewire(node, back.output[0], there.input[0])
+
+
+def _swishes(graph: _Wires) -> list[tuple[Any, Any]]:
+    """(Sigmoid, Mul) of every x * sigmoid(x)."""
+    found = []
+    for gate in [n for n in graph.body.node if n.op_type == "Sigmoid"]:
+        readers = graph.readers.get(gate.output[0], [])
+        if len(readers) == 1 and readers[0].op_type == "Mul" and set(readers[0].input) == {gate.input[0], gate.output[0]}:
+            found.append((gate, readers[0]))
+    return found
 
 
 def _free_readers(graph: _Wires, layout: _Layout) -> None:
@@ -241,7 +269,7 @@ def _free_readers(graph: _Wires, layout: _Layout) -> None:
                 graph.rewire(reader, back.output[0], source)
 
 
-def _calibrate(prepared: Path, out: Path, samples: Iterator[NDArray[np.float32]], method: Any) -> None:
+def _calibrate(prepared: Path, out: Path, samples: Iterator[NDArray[np.float32]], method: Any, ops: tuple[str, ...]) -> None:
     """Writes the range of every tensor, batch by batch: a histogram of all activations at once would fill the memory.
 
     Raises DataRefused without images, and OnnxRefused for a tensor that is not finite on them.
@@ -252,7 +280,7 @@ def _calibrate(prepared: Path, out: Path, samples: Iterator[NDArray[np.float32]]
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         augmented = str(Path(folder) / "augmented.onnx")
-        calibrator = create_calibrator(str(prepared), _OPS, augmented_model_path=augmented, calibrate_method=method)
+        calibrator = create_calibrator(str(prepared), list(ops), augmented_model_path=augmented, calibrate_method=method)
         name, seen = _input_name(prepared), 0
         for batch in samples:
             with np.errstate(invalid="ignore"), warnings.catch_warnings():

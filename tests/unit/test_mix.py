@@ -22,37 +22,46 @@ from edgekd.quantize._static import _layout
 from edgekd.quantize.ptq import PTQ
 from edgekd.recipe import load
 from edgekd.stages.mix import Mix, _Search
+from edgekd.stages.sensitivity import _rows
 
 NODES = [f"n{i}" for i in range(20)]  # in the order of the graph
+
+
+Cost = Callable[[set[str]], float]
+
+
+class Graphs:
+    """Operators with nothing behind them; the last ones are the densest."""
+
+    unknown = ""
+    operators = list(reversed(NODES))
+
+    def in_order(self) -> list[str]:
+        return NODES
 
 
 class Search(_Search):
     """Times that follow from which nodes are quantized, and a drop of accuracy that follows as well."""
 
-    def __init__(self, cost: Callable[[set[str]], float], evaluations: int, drop: Callable[[set[str]], float] = lambda _: 0.0):
+    def __init__(self, cost: Cost, evaluations: int, drop: Cost = lambda _: 0.0, alone: tuple[str, ...] = ()):
+        rows = [{"node": n, "ratio": cost({n}), "ci95": [cost({n})] * 2, "drop": drop({n}), "error": 0.0} for n in alone]
+        context: Any = SimpleNamespace(console=Console(quiet=True), stop=SimpleNamespace(check=lambda: None))
+        super().__init__(Graphs(), rows, Mix.Config(evaluations=evaluations), context)  # type: ignore[arg-type]
         self.cost, self.drop = cost, drop
-        self.config: Any = Mix.Config(evaluations=evaluations)
-        self.ctx: Any = SimpleNamespace(console=Console(quiet=True), stop=SimpleNamespace(check=lambda: None))
-        self.order = [(n, 1.0) for n in reversed(NODES)]  # the last ones are the densest
-        self.method: Any = SimpleNamespace(in_order=lambda _, names: sorted(names, key=NODES.index))
-        self.graph, self.trials = Path("base.onnx"), []
 
     def _against(self, chosen: set[str], other: set[str] | None) -> float:
         found = self.cost(chosen) / (1.0 if other is None else self.cost(other))
         self.trials.append({"quantized": sorted(chosen), "against": "it", "ratio": found})
         return found * 1.01
 
-    def _ratio_of(self, chosen: set[str]) -> float:
-        return self.cost(chosen)
+    def _compared(self, chosen: set[str], other: set[str] | None) -> dict[str, Any]:
+        return {"ratio": self.cost(chosen)}
 
-    def _scores(self, graph: Any) -> Any:
-        return np.zeros(4) if graph == self.graph else np.full(4, -self.drop(graph))
+    def _scores(self, chosen: set[str]) -> Any:
+        return np.full(4, -self.drop(chosen) if chosen else 0.0)
 
-    def _built(self, chosen: set[str]) -> Any:
-        return chosen
-
-    def _worst(self, best: set[str]) -> set[str]:
-        return {max(best, key=NODES.index)}
+    def _steepest(self, best: set[str], count: int) -> list[str]:
+        return [max(best, key=NODES.index)]
 
 
 def additive(gains: dict[str, float]) -> Callable[[set[str]], float]:
@@ -96,6 +105,55 @@ def test_operators_go_back_until_the_drop_is_inside_the_limit() -> None:
     assert [t["drop"] for t in found["trials"] if "drop" in t][-1] <= 0.01
 
 
+def test_operators_that_gain_alone_are_found_wherever_they_are() -> None:
+    gaining = {NODES[2], NODES[7], NODES[13]}
+    gains = {n: (0.05 if n in gaining else -0.03) for n in NODES}
+    assert set(NODES) - set(Search(additive(gains), 12, alone=tuple(NODES)).run()["keep"]) == gaining
+    assert set(NODES) - set(Search(additive(gains), 12).run()["keep"]) != gaining  # nested sets and stretches alone do not see them
+
+
+def test_the_operator_that_costs_most_accuracy_for_its_gain_goes_back_first() -> None:
+    gains = dict.fromkeys(NODES, 0.03) | {NODES[4]: 0.01}
+    losing = {NODES[4]: 0.02, NODES[9]: 0.02}
+    search = Search(additive(gains), 4, drop=lambda chosen: sum(losing.get(n, 0.0) for n in chosen), alone=tuple(NODES))
+    found = search.run()
+    assert {NODES[4], NODES[9]} <= set(found["keep"])
+    assert len(found["keep"]) <= 4  # two at a time
+    assert {row["node"] for row in found["alone"] if not row["quantized"]} == set(found["keep"])
+
+
+# ------------------------------------------------------------------------------------------------------------ one operator at a time
+def test_each_operator_is_quantized_alone_and_a_refused_one_is_a_row(tmp_path: Path) -> None:
+    class Alone(Graphs):
+        fp32: Any = {"n0"} - {"n0"}
+
+        def built(self, chosen: set[str]) -> Path:
+            if chosen == {"n18"}:
+                raise BackendError("no kernel for it")
+            [name] = chosen
+            (tmp_path / name).touch()
+            return tmp_path / name
+
+        def open(self, graph: Path) -> set[str]:
+            return {graph.name}
+
+        def outputs(self, session: set[str]) -> Any:
+            return np.array([[1.0, 0.0], [0.0, 1.0]]) if not session else np.array([[1.0, 0.0], [1.0, 0.0]])
+
+        def scores(self, outputs: Any) -> Any:
+            return (outputs.argmax(1) == [0, 1]).astype(float)
+
+        def ratio(self, new: set[str], old: set[str]) -> dict[str, Any]:
+            return {"ratio": 0.9, "ci95": [0.8, 1.0]}
+
+    context: Any = SimpleNamespace(console=Console(quiet=True), stop=SimpleNamespace(check=lambda: None))
+    rows = list(_rows(Alone(), 3, context))  # type: ignore[arg-type]
+    assert [r["node"] for r in rows] == ["n19", "n18", "n17"]
+    assert rows[1]["refused"] == "no kernel for it"
+    assert (rows[0]["drop"], rows[0]["error"], rows[0]["ratio"]) == (0.5, 1.0, 0.9)
+    assert not list(tmp_path.iterdir())  # a graph of every operator of a large model would fill a disk
+
+
 # ------------------------------------------------------------------------------------------------------------ the graph
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -125,7 +183,7 @@ def test_what_is_kept_stays_in_fp32_and_so_does_what_only_it_feeds(graph: Path, 
     assert {n for n in rounded(tmp_path / "m.onnx") if n in names} == chosen
     adds = {n.name for n in onnx.load(graph).graph.node if n.op_type == "Add"}
     assert adds
-    assert set(_layout(graph, keep).left) >= adds | set(keep)  # each of them gets a tensor from a convolution in fp32
+    assert set(_layout(graph, keep, "u8s8").left) >= adds | set(keep)  # each of them gets a tensor from a convolution in fp32
 
 
 def test_known_ranges_give_the_same_graph_without_data(graph: Path, tmp_path: Path) -> None:
@@ -178,6 +236,7 @@ def test_a_search_is_planned_for_targets_that_can_be_measured_only(tmp_path: Pat
     plan = build_plan(load(str(tmp_path / "r.yaml")))
     assert [s.name for s in plan.steps if s.stage == "mix"] == ["quantize.mix"]
     assert plan.step("quantize").inputs["mix?"] == "quantize.mix"
+    assert plan.step("quantize.mix").inputs["sensitivity"] == "quantize.sensitivity"
     assert any("a search needs the device" in note for note in plan.notes)
 
 

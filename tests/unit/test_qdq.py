@@ -200,3 +200,55 @@ def test_a_graph_that_is_quantized_already_is_refused(graphs: dict[str, bytes], 
     (tmp_path / "int8.onnx").write_bytes(graphs["u8s8"])
     with pytest.raises(OnnxRefused, match="quantized already"):
         PTQ(PTQ.Config()).quantize(tmp_path / "int8.onnx", tmp_path / "again.onnx", images(), "u8s8")
+
+
+class Gated(nn.Module):
+    """A convolution with an activation, squeeze and excitation, and a residual sum of which one part is scaled."""
+
+    def __init__(self, activation: nn.Module, gate: nn.Module):
+        super().__init__()
+        self.stem, self.squeeze, self.excite, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1)
+        self.activation, self.gate, self.scale = activation, gate, nn.Parameter(torch.full((8, 1, 1), 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.activation(self.stem(x))
+        gated = self.last(x * self.gate(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True))))))
+        both: torch.Tensor = x * self.scale + gated
+        return both
+
+
+def makers_of_rounded(proto: onnx.ModelProto) -> list[str]:
+    """The operator that makes each tensor that is rounded."""
+    made = {name: n.op_type for n in proto.graph.node for name in n.output}
+    return sorted(made.get(n.input[0], "input") for n in proto.graph.node if n.op_type == "QuantizeLinear")
+
+
+@pytest.mark.parametrize(
+    ("activation", "gate", "rounded"),
+    [
+        (nn.Hardswish(), nn.Hardsigmoid(), ["Conv", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Mul", "Relu", "input"]),
+        (nn.SiLU(), nn.Sigmoid(), ["Conv", "GlobalAveragePool", "Mul", "Mul", "Relu", "Sigmoid", "input"]),
+    ],
+)
+def test_for_openvino_values_are_rounded_behind_activations_and_gates_multiply_in_int8(
+    tmp_path: Path, activation: nn.Module, gate: nn.Module, rounded: list[str]
+) -> None:
+    torch.manual_seed(0)
+    export_onnx(Gated(activation, gate).eval(), SIZE, tmp_path / "fp32.onnx")
+    PTQ(PTQ.Config()).quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", images(), "x8s8")
+    proto = onnx.load(tmp_path / "int8.onnx")
+    assert makers_of_rounded(proto) == rounded  # of the convolutions only the last one, which no activation follows
+    made = {o for n in proto.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
+    [product] = [n for n in proto.graph.node if n.op_type == "Mul" and set(n.input) <= made]
+    [scaled] = [n for n in proto.graph.node if n.op_type == "Mul" and "scale" in "".join(n.input)]
+    assert product.name != scaled.name
+    assert not any("scale" in n.input[0] for n in proto.graph.node if n.op_type == "DequantizeLinear")
+
+
+def test_onnxruntime_has_no_such_kernels_and_gets_pairs_around_its_convolutions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    export_onnx(Gated(nn.Hardswish(), nn.Hardsigmoid()).eval(), SIZE, tmp_path / "fp32.onnx")
+    PTQ(PTQ.Config()).quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", images(), "u8s8")
+    proto = onnx.load(tmp_path / "int8.onnx")
+    assert makers_of_rounded(proto).count("Conv") > 1
+    assert "HardSwish" in [n.op_type for n in proto.graph.node]
