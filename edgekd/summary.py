@@ -46,7 +46,7 @@ class _Summary:
         if failed:
             accept["reason"] = "; ".join(failed)
         body = {
-            "recipe": {"name": self.plan.loaded.name, "resolved": resolved(self.plan.loaded)},
+            "recipe": {"name": self.plan.loaded.name, "resolved": resolved(self.plan.loaded) + self._found()},
             "decisions": str(self.folder / "decisions.json"),
             "teacher": teacher,
             "stages": self._stages(),
@@ -61,6 +61,7 @@ class _Summary:
                 {"name": o["name"], "op_type": o["op_type"], "share": o["share"], "mean_us": o["total_us"], "calls": o["calls"]}
                 for o in self.trace["operators"]
             ],
+            "sensitivity": self._sensitivity(),
             "parity": parity,
             "footprint": self.trace["footprint"],
         }
@@ -258,6 +259,40 @@ class _Summary:
         met = drop <= limit
         reason = f"test accuracy {'within' if met else 'beyond'} {limit * 100:g} points of the teacher's"
         return {"accuracy_drop_max": limit, "drop": drop, "interval": list(interval), "met": met, "reference": "teacher", "reason": reason}
+
+    def _found(self) -> list[dict[str, Any]]:
+        """Fields that were left to measurements and what was found for them, as rows of the resolved recipe: for each target those of what it ships."""
+        rows = []
+        for target in self.plan.targets:
+            shipped = self.done.resolve(self.plan.shipped[target.name]).digest
+            made = [s for s in self.plan.steps if s.stage == "quantize" and s.name in self.done.artifacts]
+            for step in [s for s in made if self.done.artifacts[s.name].digest == shipped][:1]:
+                decisions = [
+                    (ref, read_decision(self.done.artifacts[str(ref)])) for n, ref in step.inputs.items() if n in ("mix?", "trial?")
+                ]
+                source = ", ".join(f"measured by {ref}" for ref, _ in decisions)
+                place = step.settings.name + (f" ({target.name})" if len(self.plan.targets) > 1 else "")
+                if keep := sorted({node for _, d in decisions for node in d["keep"]}):
+                    rows.append({"path": f"{place}.keep_nodes", "value": keep, "source": source})
+                if calibration := next((d["calibration"] for _, d in decisions if d.get("calibration")), None):
+                    rows.append({"path": f"{place}.calibration", "value": calibration, "source": source})
+        return rows
+
+    def _sensitivity(self) -> list[dict[str, Any]]:
+        """What each operator costs and gains when it alone is quantized, for each search."""
+        found = []
+        for step in [s for s in self.plan.steps if s.stage == "mix" and s.name in self.done.artifacts]:
+            chosen, alone = (read_decision(self.done.artifacts[name]) for name in (step.name, str(step.inputs["sensitivity"])))
+            rows = [row | {"quantized": row["node"] not in chosen["keep"]} for row in alone["rows"]]
+            found.append(
+                {
+                    "search": step.name.removesuffix(".mix"),
+                    "reason": chosen["reason"],
+                    "candidates": chosen["candidates"],
+                    "operators": rows,
+                }
+            )
+        return found
 
     # ------------------------------------------------------------------------------------------------ charts
     def _curves(self) -> dict[str, Any]:

@@ -75,12 +75,12 @@ def environment(**extra: str) -> dict[str, str]:
 @contextmanager
 def short_measurements() -> Iterator[None]:
     """No test asserts a time, so none is measured for long."""
-    from edgekd.stages import gate, mix, profile, race, widths
+    from edgekd.stages import _partial, gate, profile, race, widths
     from edgekd.train import tune
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "_BUDGET_SECONDS", 0.2)
-        patch.setattr(mix, "_BUDGET_SECONDS", 0.05)
+        patch.setattr(_partial, "_BUDGET_SECONDS", 0.05)
         patch.setattr(tune, "_BUDGET_SECONDS", 0.3)
         patch.setattr(widths, "_BUDGET_SECONDS", 0.2)
         patch.setattr(race, "_SECONDS_PER_ENGINE", 0.1)

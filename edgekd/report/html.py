@@ -260,6 +260,28 @@ def _operator_cells(op: dict[str, Any]) -> list[str]:
     return [_td(op.get("name")), _td(op.get("op_type")), *(_td(n, "num") for n in numbers)]
 
 
+def _sensitivity(run: Run, _: Figures) -> str:
+    headers = ["operator", "latency against fp32 [95 %]", "points on val", "error of the outputs", "in what was found"]
+    parts = []
+    for found in run.get("sensitivity") or []:
+        rows = sorted(found.get("operators") or [], key=lambda row: text.number(row.get("ratio")) or 0.0)
+        words = f"{found.get('search')}: {len(rows)} of {found.get('candidates')} operators, each quantized alone. {found.get('reason')}."
+        parts.append(f"<details><summary>{_e(words)}</summary>{_table(headers, map(_sensitivity_cells, rows))}</details>")
+    return "".join(parts)
+
+
+def _sensitivity_cells(row: dict[str, Any]) -> list[str]:
+    ratio, ends, drop, error = (
+        text.number(row.get("ratio")),
+        text.interval(row.get("ci95")),
+        text.number(row.get("drop")),
+        text.number(row.get("error")),
+    )
+    latency = text.NONE if ratio is None else f"{ratio:.3f}x" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+    cells = [latency, text.NONE if drop is None else f"{0.0 - drop * 100:+.2f}", text.percent(error)]
+    return [_td(row.get("node")), *(_td(c, "num") for c in cells), _td("int8" if row.get("quantized") else "fp32")]
+
+
 def _parity(run: Run, _: Figures) -> str:
     rows = [_parity_cells(rung) for rung in run.get("parity") or []]
     return (
@@ -326,6 +348,7 @@ _SECTIONS: list[tuple[str, Callable[[Run, Figures], str], str]] = [
     ("Latency distribution", _latencies, "There is no distribution: no latency samples were recorded."),
     ("Confusion on test", _confusion, "There is no confusion matrix: none was recorded."),
     ("Operators of the shipped engine", _operators, "There is no operator table: the engine was not profiled by operator."),
+    ("Sensitivity of operators", _sensitivity, "No search for the operators worth quantizing was made."),
     ("Parity", _parity, "There is no parity table: no two forms of the model were compared."),
     ("Warnings", _warnings, "Warnings were not recorded."),
     ("Environment", _environment, "The environment was not recorded."),

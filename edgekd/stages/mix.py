@@ -19,9 +19,8 @@ from edgekd.artifact import Artifact, Kind
 from edgekd.errors import BackendError
 from edgekd.registry import register
 from edgekd.stages._partial import PartialGraphs
-from edgekd.stages._stage import Settings, write_decision
+from edgekd.stages._stage import Settings, read_decision, write_decision
 from edgekd.stages.compile import RunConfig
-from edgekd.stages.sensitivity import read_sensitivity
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -38,7 +37,7 @@ class Mix:
         evaluations: int = Field(24, ge=1, le=200, description="graphs that are built and measured")
         accuracy_drop_max: float = Field(0.01, ge=0, le=1, description="largest drop on val against the graph as it came")
 
-    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "sensitivity": Kind.METRICS}
+    takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "sensitivity": Kind.DECISION}
     gives = Kind.DECISION
     version = 2
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
@@ -48,7 +47,7 @@ class Mix:
         config = settings.typed(self.Config)
         with tempfile.TemporaryDirectory() as folder:
             graphs = PartialGraphs(settings, config, inputs, Path(folder), ctx)
-            found = _Search(graphs, read_sensitivity(inputs["sensitivity"]), config, ctx).run()
+            found = _Search(graphs, read_decision(inputs["sensitivity"])["rows"], config, ctx).run()
         write_decision(out, found)
         return {"trials": len(found["trials"]), "quantized": found["quantized"], "reason": found["reason"]}
 
@@ -62,7 +61,7 @@ class _Search:
         self.trials: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
-        """The decision: nodes that stay, what was tried, each operator's own effect, and the measured ratio of the best graph to fp32."""
+        """The decision: nodes that stay, what was tried, and the measured ratio of the best graph to fp32."""
         names = self.graphs.operators
         if not names:
             return self._everything(self.graphs.unknown or "the graph has no operators with weights")
@@ -94,7 +93,6 @@ class _Search:
             "quantized": len(best),
             "candidates": len(names),
             "trials": self.trials,
-            "alone": [row | {"quantized": row["node"] in best} for row in self.alone.values()],
         }
 
     # ------------------------------------------------------------------------------------------------ latency

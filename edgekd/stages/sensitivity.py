@@ -6,7 +6,6 @@ therefore measured again as a whole (mix.py); this table says where to begin, an
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +17,11 @@ from edgekd.artifact import Artifact, Kind
 from edgekd.errors import BackendError
 from edgekd.registry import register
 from edgekd.stages._partial import PartialGraphs
-from edgekd.stages._stage import Settings
+from edgekd.stages._stage import Settings, write_decision
 from edgekd.stages.compile import RunConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
-
-SENSITIVITY = "sensitivity.json"
 
 
 @register("stage")
@@ -35,7 +32,7 @@ class Sensitivity:
         )
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA}
-    gives = Kind.METRICS
+    gives = Kind.DECISION
     version = 1
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
     method_kind = "quantize"
@@ -45,7 +42,7 @@ class Sensitivity:
         with tempfile.TemporaryDirectory() as folder:
             graphs = PartialGraphs(settings, config, inputs, Path(folder), ctx)
             rows = list(_rows(graphs, config.evaluations, ctx))
-        (out / SENSITIVITY).write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
+        write_decision(out, {"rows": rows})  # as a decision it is replayed, not measured again
         return {"operators": len(graphs.operators), "measured": len(rows)}
 
 
@@ -69,9 +66,3 @@ def _rows(graphs: PartialGraphs, limit: int, ctx: Context) -> Any:
             except BackendError as problem:  # one operator that a runtime refuses is a row like others
                 yield {"node": name, "drop": None, "error": None, "ratio": None, "ci95": None, "refused": problem.what}
             bar.update(number + 1, operator=name)
-
-
-def read_sensitivity(artifact: Artifact) -> list[dict[str, Any]]:
-    """The rows of a finished step."""
-    found: list[dict[str, Any]] = artifact.json(SENSITIVITY)
-    return found

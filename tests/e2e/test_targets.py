@@ -131,6 +131,15 @@ def test_a_search_finds_operators_and_its_decision_can_be_replayed(model: Path, 
     decision = json.loads((tmp_path / "run" / "decisions.json").read_text())["quantize.mix"]
     assert decision["quantized"] + len(decision["keep"]) == decision["candidates"] > 5
     assert 1 <= sum("against" in t for t in decision["trials"]) <= 3
+    [found] = result.json()["sensitivity"]
+    assert len(found["operators"]) == 3  # no more of them than graphs
+    assert {o["node"] for o in found["operators"] if not o["quantized"]} <= set(decision["keep"])
+    assert all(o["ratio"] > 0 for o in found["operators"])
+    assert any(o["error"] > 0 for o in found["operators"])  # a residual branch of untrained weights adds nothing
+    rows = {r["path"]: r for r in result.json()["recipe"]["resolved"]}
+    if decision["keep"]:  # --no-gate: what was searched ships
+        assert set(rows["quantize.keep_nodes"]["value"]) >= set(decision["keep"])
+        assert "measured by quantize.mix" in rows["quantize.keep_nodes"]["source"]
 
 
 @needs_openvino

@@ -119,7 +119,6 @@ def test_the_operator_that_costs_most_accuracy_for_its_gain_goes_back_first() ->
     found = search.run()
     assert {NODES[4], NODES[9]} <= set(found["keep"])
     assert len(found["keep"]) <= 4  # two at a time
-    assert {row["node"] for row in found["alone"] if not row["quantized"]} == set(found["keep"])
 
 
 # ------------------------------------------------------------------------------------------------------------ one operator at a time

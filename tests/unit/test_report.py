@@ -32,6 +32,7 @@ MISSING = [  # heading, key to remove, what the page then says
     ("Latency distribution", "latency_samples", "no latency samples"),
     ("Confusion on test", "confusion", "no confusion matrix"),
     ("Operators of the shipped engine", "operators", "not profiled by operator"),
+    ("Sensitivity of operators", "sensitivity", "No search for the operators"),
     ("Parity", "parity", "no parity table"),
     ("Warnings", "warnings", "Warnings were not recorded"),
     ("Environment", "environment", "environment was not recorded"),
@@ -198,6 +199,17 @@ def make_run() -> Run:
                 "calls": 400,
             }
             for i in range(20)
+        ],
+        "sensitivity": [
+            {
+                "search": "quantize@host.onnxruntime.searched",
+                "reason": "2 of 3 operators in int8: 0.81x the latency of fp32",
+                "candidates": 3,
+                "operators": [
+                    {"node": "[b]conv[/b]<1>", "ratio": 0.912, "ci95": [0.905, 0.92], "drop": 0.002, "error": 0.013, "quantized": True},
+                    {"node": "gemm", "ratio": None, "ci95": None, "drop": None, "error": None, "refused": "no kernel", "quantized": False},
+                ],
+            }
         ],
         "parity": [
             {
@@ -711,3 +723,9 @@ def test_the_front_holds_what_no_other_stage_beats() -> None:
 )
 def test_the_knob_is_the_one_of_the_largest_gap(budget: dict[str, float], stages: list[dict[str, Any]], met: bool, words: str) -> None:
     assert re.search(words, knob(missed(budget, stages, met=met)))
+
+
+def test_each_operator_stands_in_the_report_with_what_it_alone_costs_and_gains() -> None:
+    shown = Page(render(make_run())).section("Sensitivity of operators")
+    for words in ("quantize@host.onnxruntime.searched: 2 of 3 operators", "0.912x [0.905, 0.920]", "-0.20", "1.30 %", "[b]conv[/b]<1>"):
+        assert words in shown
