@@ -1,8 +1,8 @@
 """Which architectures survive the chain: `python tools/sweep_families.py [ARCH ...] [--out FILE.md]`.
 
-Each family in its smallest form with untrained weights and a widened classifier (so that its answers differ between images): exported, quantized for x86
-and for TensorRT, run by onnxruntime and OpenVINO with parity against torch or against the fp32 graph, and built by TensorRT for RTX. A cell is `ok`, or
-what went wrong: the limits that were missed, or the operator and the reason that the runtime gives. One process a model, so that a crash is one row.
+Each family in its smallest form with untrained weights and a widened classifier (so that its answers differ between images): exported, quantized in the
+flavour of each runtime, run by onnxruntime and OpenVINO with parity against torch, and built by TensorRT for RTX in fp32, fp16 and int8. A cell is `ok`,
+or what went wrong: the limits that were missed, or the operator and the reason that the runtime gives. One process a model, so that a crash is one row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ FAMILIES = {  # architecture -> image size
     "xcit_nano_12_p16_224": 224, "coat_lite_tiny": 224, "crossvit_tiny_240": 240, "mixer_s32_224": 224, "resmlp_12_224": 224, "gmlp_ti16_224": 224,
     "poolformer_s12": 96, "hrnet_w18_small": 96, "dla34": 96, "inception_next_atto": 96, "starnet_s1": 96, "shvit_s1": 96,
 }  # fmt: skip
-COLUMNS = ("ONNX fp32", "onnxruntime int8", "openvino fp32", "openvino int8", "TensorRT-RTX fp32", "TensorRT-RTX int8")
+COLUMNS = (
+    "onnxruntime fp32",
+    "onnxruntime int8",
+    "openvino fp32",
+    "openvino int8",
+    "TensorRT-RTX fp32",
+    "TensorRT-RTX fp16",
+    "TensorRT-RTX int8",
+)
 _CLASSES, _IMAGES = 10, 16
 
 
@@ -42,6 +50,7 @@ def examine(arch: str, size: int, answers: Any) -> None:
     from edgekd.export.onnx import INPUT, export_onnx
     from edgekd.export.parity import compare
     from edgekd.profile.device import load_device
+    from edgekd.quantize.fp16 import FP16
     from edgekd.quantize.ptq import PTQ
     from edgekd.tasks.classification import Classification
 
@@ -76,23 +85,27 @@ def examine(arch: str, size: int, answers: Any) -> None:
         registry.load("backend", "tensorrt_rtx")().convert(graph, rtx, Path(tempfile.mkdtemp(dir=folder)), {})
         return "ok"
 
+    def int8(flavour: str) -> Path:
+        samples = iter([images[i : i + batch] for i in range(0, _IMAGES, batch)])
+        PTQ(PTQ.Config()).quantize(fp32, folder / f"{flavour}.onnx", samples, flavour)
+        return folder / f"{flavour}.onnx"
+
+    def fp16() -> Path:
+        FP16(FP16.Config()).quantize(fp32, folder / "fp16.onnx", iter([]), "s8s8")
+        return folder / "fp16.onnx"
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fp32, batch = folder / "fp32.onnx", _IMAGES
         if not export_onnx(model, size, fp32)["dynamic_batch"]:
             batch = 1
-        cell("ONNX fp32", lambda: judged(wanted, run("onnxruntime", fp32, batch), "fp32") + (" (fixed batch)" if batch == 1 else ""))
-        for flavour in ("u8s8", "s8s8"):
-            samples = iter([images[i : i + batch] for i in range(0, _IMAGES, batch)])
-            try:
-                PTQ(PTQ.Config()).quantize(fp32, folder / f"{flavour}.onnx", samples, flavour)
-            except Exception as error:
-                answers.put((f"{'onnxruntime' if flavour == 'u8s8' else 'TensorRT-RTX'} int8", str(error).splitlines()[0][:160]))
-        cell("onnxruntime int8", lambda: judged(wanted, run("onnxruntime", folder / "u8s8.onnx", batch), "int8"))
-        cell("openvino fp32", lambda: judged(wanted, run("openvino", fp32, batch), "fp32"))
-        cell("openvino int8", lambda: judged(wanted, run("openvino", folder / "u8s8.onnx", batch), "int8"))
+        fixed = " (fixed batch)" if batch == 1 else ""
+        for backend in ("onnxruntime", "openvino"):
+            cell(f"{backend} fp32", lambda: judged(wanted, run(backend, fp32, batch), "fp32") + fixed)  # noqa: B023, called at once
+            cell(f"{backend} int8", lambda: judged(wanted, run(backend, int8(host.flavour_for(backend)), batch), "int8"))  # noqa: B023
         cell("TensorRT-RTX fp32", lambda: build(fp32))
-        cell("TensorRT-RTX int8", lambda: build(folder / "s8s8.onnx"))
+        cell("TensorRT-RTX fp16", lambda: build(fp16()))
+        cell("TensorRT-RTX int8", lambda: build(int8(rtx.flavour_for("tensorrt_rtx"))))
 
 
 def row(arch: str, size: int) -> dict[str, str]:
