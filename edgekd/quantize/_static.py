@@ -49,7 +49,7 @@ def prepare(graph: Path, out: Path) -> None:
                 for mark in ("", *(f"_{i}" for i in range(99)))
                 if f"{node.op_type}_{number}{mark}" not in taken
             )
-    out.write_bytes(lower(proto).SerializeToString(deterministic=True))
+    out.write_bytes(tidied(lower(proto)).SerializeToString(deterministic=True))
 
 
 def static_int8(

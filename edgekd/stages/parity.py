@@ -1,14 +1,17 @@
-"""parity: torch fp32 -> ONNX fp32 -> quantized -> engine on real val images -> one row a rung; a broken rung makes the run end with exit 4."""
+"""parity: torch fp32 -> ONNX fp32 -> optimized -> quantized -> engine on real val images -> one row a rung; a broken rung makes the run end with exit 4."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from edgekd import registry
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
 from edgekd.quantize._learned import GRID
@@ -36,7 +39,7 @@ class Parity:
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "fp32": Kind.GRAPH, "data": Kind.DATA, "model?": Kind.MODEL, "engine?": Kind.ENGINE}
     gives = Kind.METRICS
-    version = 3
+    version = 4
     libraries = ("torch", "onnxruntime-gpu", "onnxruntime")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -53,13 +56,19 @@ class Parity:
         if "model" in inputs:
             row = compare("torch fp32 -> ONNX fp32", "fp32", torch_outputs(inputs["model"], dataset, positions), onnx, labels, task)
             rows.append(row | places.of(row, places.exported))
-        precision = inputs["graph"].json(FACTS)["precision"]
+        facts = inputs["graph"].json(FACTS)
+        precision = facts["precision"]
         if inputs["graph"].digest != inputs["fp32"].digest:
             rounded, source = graph_outputs(inputs["graph"], dataset, positions, ctx), "ONNX fp32"
             if (
                 "model" in inputs and (inputs["model"].path / GRID).is_file()
             ):  # trained with rounded inputs: without them it is another model
                 onnx, source = torch_outputs(inputs["model"], dataset, positions, rounded=True), "torch rounded"
+            elif facts.get("prepared_by"):
+                found = outputs_of(places.prepared, facts, dataset, positions, ctx)
+                row = compare("ONNX fp32 -> optimized", "fp32", onnx, found, labels, task)
+                rows.append(row | places.of(row, places.optimized))
+                onnx, source = found, "optimized"
             row = compare(f"{source} -> {precision}", precision, onnx, rounded, labels, task)
             rows.append(row | places.of(row, places.rounded))
             onnx = rounded
@@ -77,6 +86,14 @@ class _Places:
 
     def __init__(self, inputs: Mapping[str, Artifact], dataset: Dataset, positions: NDArray[np.int64]):
         self.inputs, self.dataset, self.positions = inputs, dataset, positions
+        self._folder = tempfile.TemporaryDirectory()
+
+    @cached_property
+    def prepared(self) -> Path:
+        """The fp32 graph as its quantizer optimizes it before rounding, made again."""
+        path = Path(self._folder.name) / "optimized.onnx"
+        registry.load("quantize", self.inputs["graph"].json(FACTS)["prepared_by"]).prepare(self.inputs["fp32"].path / GRAPH, path)
+        return path
 
     def of(self, row: Mapping[str, Any], compared: Callable[[], list[Compared]]) -> dict[str, Any]:
         """`first_break` in words for a row that is broken; nothing where it holds. What cannot be looked into says why."""
@@ -84,7 +101,8 @@ class _Places:
 
         if row["ok"]:
             return {}
-        precision = self.inputs["graph"].json(FACTS)["precision"] if "torch fp32" not in row["rung"] else "fp32"
+        exact = row["rung"].endswith(("ONNX fp32", "optimized"))
+        precision = "fp32" if exact else self.inputs["graph"].json(FACTS)["precision"]
         try:
             first = first_break(compared(), **tensor_limits(precision))
         except Exception as problem:  # looking for the reason must not hide that the rung is broken
@@ -103,6 +121,13 @@ class _Places:
         [images] = feeds.values()
         return compare_modules(module.eval(), torch.from_numpy(images), check_onnx(self.inputs["fp32"].path / GRAPH, trusted=True), feeds)
 
+    def optimized(self) -> list[Compared]:
+        from edgekd.export.bisect import compare_tensors
+        from edgekd.safeio.onnxfile import check_onnx
+
+        fp32, feeds = check_onnx(self.inputs["fp32"].path / GRAPH, trusted=True), self._feeds("fp32")
+        return compare_tensors(fp32, check_onnx(self.prepared, trusted=True), feeds, feeds)
+
     def rounded(self) -> list[Compared]:
         from edgekd.export.bisect import compare_tensors
         from edgekd.safeio.onnxfile import check_onnx
@@ -119,9 +144,6 @@ class _Places:
         return compare_tensors(graph, graph, feeds, feeds, self._on_its_runtime)
 
     def _on_its_runtime(self, model: Any, names: list[str], feeds: Any) -> dict[str, Any]:
-        import tempfile
-
-        from edgekd import registry
         from edgekd.export.bisect import showing
         from edgekd.profile.device import load_device
 
@@ -153,7 +175,6 @@ def graph_outputs(graph: Artifact, dataset: Dataset, positions: NDArray[np.int64
 
 def outputs_of(file: Path, facts: Mapping[str, Any], dataset: Dataset, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
     """Outputs of an ONNX file on this machine's onnxruntime; `facts` say what it takes."""
-    from edgekd import registry
     from edgekd.profile.device import load_device
     from edgekd.stages.evaluate import run_engine
 

@@ -41,7 +41,7 @@ class Quantize:
         "grid?": Kind.MODEL,
     }
     gives = Kind.GRAPH
-    version = 2
+    version = 3
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
     user = True
     method_kind = "quantize"
@@ -74,9 +74,10 @@ class Quantize:
         if precision == "int8":
             keep = getattr(quantizer.config, "keep_nodes", ())
             assert_rules(check_onnx(out / GRAPH, trusted=True), flavour, settings.name, keep)
+        prepared_by = settings.method if hasattr(quantizer, "prepare") else None  # optimized before it was rounded: a rung of its own
         (out / FACTS).write_text(
             json.dumps(
-                facts | {"precision": coarser(facts["precision"], precision), "flavour": flavour},
+                facts | {"precision": coarser(facts["precision"], precision), "flavour": flavour, "prepared_by": prepared_by},
                 sort_keys=True,
             ),
             encoding="utf-8",

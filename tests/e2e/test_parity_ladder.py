@@ -18,6 +18,7 @@ from edgekd.artifact import Artifact
 from edgekd.backends.openvino import OpenVino
 from edgekd.console import Console
 from edgekd.context import Context
+from edgekd.quantize.ptq import PTQ
 from edgekd.stages._stage import Settings
 from edgekd.stages.compile import Compile
 from edgekd.stages.parity import Parity
@@ -72,9 +73,10 @@ def break_layer(file: Path, layer: str) -> None:
 
 def test_an_intact_ladder_holds_and_names_nothing(rungs: dict[str, Artifact], tmp_path: Path) -> None:
     rows = climbed(rungs, tmp_path / "out")
-    assert [r["rung"] for r in rows] == ["torch fp32 -> ONNX fp32", "ONNX fp32 -> int8"]
+    assert [r["rung"] for r in rows] == ["torch fp32 -> ONNX fp32", "ONNX fp32 -> optimized", "optimized -> int8"]
     assert rows[0]["ok"]
-    assert "first_break" not in rows[0]
+    assert rows[1]["ok"]
+    assert not any("first_break" in row for row in rows[:2])
 
 
 @pytest.mark.parametrize("layer", ["conv1", "layer2.0.conv2", "layer3.0.downsample"])
@@ -86,9 +88,25 @@ def test_a_broken_export_is_found_with_its_module(rungs: dict[str, Artifact], tm
 
 
 @pytest.mark.parametrize("layer", ["layer2.0.conv2", "layer3.0.downsample"])
+def test_an_optimization_that_changes_the_graph_is_found(
+    rungs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    real = PTQ.prepare
+
+    def wrong(graph: Path, out: Path) -> None:
+        real(graph, out)
+        break_layer(out, layer)
+
+    monkeypatch.setattr(PTQ, "prepare", staticmethod(wrong))
+    row = climbed(rungs, tmp_path / "out")[1]
+    assert (row["rung"], row["ok"]) == ("ONNX fp32 -> optimized", False)
+    assert f"module '{layer}" in row["first_break"]
+
+
+@pytest.mark.parametrize("layer", ["layer2.0.conv2", "layer3.0.downsample"])
 def test_a_broken_quantized_graph_is_found_with_its_module(rungs: dict[str, Artifact], tmp_path: Path, layer: str) -> None:
-    row = climbed(rungs | {"graph": damaged(rungs["graph"], tmp_path / "int8", layer)}, tmp_path / "out")[1]
-    assert (row["rung"], row["ok"]) == ("ONNX fp32 -> int8", False)
+    row = climbed(rungs | {"graph": damaged(rungs["graph"], tmp_path / "int8", layer)}, tmp_path / "out")[2]
+    assert (row["rung"], row["ok"]) == ("optimized -> int8", False)
     assert f"module '{layer}" in row["first_break"]
 
 
@@ -123,6 +141,6 @@ def test_what_cannot_be_looked_into_says_why_and_stays_broken(
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(bisect, "compare_tensors", fails)
-    row = climbed(rungs | {"graph": damaged(rungs["graph"], tmp_path / "int8", "layer2.0.conv2")}, tmp_path / "out")[1]
+    row = climbed(rungs | {"graph": damaged(rungs["graph"], tmp_path / "int8", "layer2.0.conv2")}, tmp_path / "out")[2]
     assert not row["ok"]
     assert row["first_break"] == "not found: RuntimeError: out of luck"
