@@ -35,16 +35,20 @@ targets: {host: {backend: onnxruntime}}
 """
 
 
-@pytest.fixture(scope="module")
-def rungs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """What the chain made: model, both graphs, and the data."""
-    folder = tmp_path_factory.mktemp("ladder")
-    (folder / "r.yaml").write_text(RECIPE)
+def chain(folder: Path, recipe: str) -> dict[str, Artifact]:
+    """Every step of a recipe by name."""
+    (folder / "r.yaml").write_text(recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGEKD_HOME", str(folder / "home"))
         result = run_here("compress", folder / "r.yaml", "--no-gate", "--out", folder / "run", "--json")
     assert result.code in (0, 4), result.err
-    steps = artifacts(folder / "home")
+    return artifacts(folder / "home")
+
+
+@pytest.fixture(scope="module")
+def rungs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """What the chain made: model, both graphs, and the data."""
+    steps = chain(tmp_path_factory.mktemp("ladder"), RECIPE)
     return {"model": steps["student"], "fp32": steps["student.export"], "graph": steps["quantize"], "data": steps["data"]}
 
 
@@ -108,6 +112,17 @@ def test_a_broken_quantized_graph_is_found_with_its_module(rungs: dict[str, Arti
     row = climbed(rungs | {"graph": damaged(rungs["graph"], tmp_path / "int8", layer)}, tmp_path / "out")[2]
     assert (row["rung"], row["ok"]) == ("optimized -> int8", False)
     assert f"module '{layer}" in row["first_break"]
+
+
+def test_a_broken_graph_is_found_where_the_model_was_trained_with_rounded_inputs(tmp_path: Path) -> None:
+    trained = "quantize: {method: qat, steps: minmax, epochs: 1, batch_size: 16, lr: 1e-4}"
+    steps = chain(tmp_path, RECIPE.replace("quantize: {}", trained))
+    made = {"model": steps["quantize.train"], "fp32": steps["quantize.train.export"], "graph": steps["quantize"], "data": steps["data"]}
+    intact = climbed(made, tmp_path / "intact")
+    assert [(r["rung"], r["ok"]) for r in intact] == [("torch fp32 -> ONNX fp32", True), ("torch rounded -> int8", True)]
+    row = climbed(made | {"graph": damaged(made["graph"], tmp_path / "int8", "layer2.0.conv2")}, tmp_path / "out")[1]
+    assert (row["rung"], row["ok"]) == ("torch rounded -> int8", False)
+    assert "module 'layer2.0.conv2" in row["first_break"]
 
 
 @needs_openvino
