@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgekd.config import Config
+    from edgekd.console import Console
     from edgekd.profile.schema import DeviceProfile
 
     Array = np.ndarray[Any, Any]
@@ -35,8 +38,24 @@ class Session(Protocol):
         """Frees the engine; a closed session cannot run."""
 
 
+@dataclass(frozen=True)
+class Layer:
+    """Mean time of one node per run, in microseconds, and its share of all nodes; precision and format where the runtime says them."""
+
+    name: str
+    op_type: str
+    total_us: float
+    share: float
+    calls: int
+    precision: str = ""
+    format: str = ""
+
+
 class Backend(Protocol):
-    """A runtime. Its class is importable without the runtime; every failure is a BackendError."""
+    """A runtime. Its class is importable without the runtime; every failure is a BackendError.
+
+    Two methods may be absent: `layers(engine, feeds, threads, device) -> list[Layer]`, and `watch(told)` of one whose builds take long.
+    """
 
     name: str
     suffix: str  # of the engine's model file
@@ -86,3 +105,17 @@ def asked(backend: Backend, options: Mapping[str, Any], graph: Path) -> Any:
             f"{backend.name} has no option '{min(unknown)}'", where=graph.name, expected=f"one of {known}" if known else "no options"
         )
     return backend.Options(**options)
+
+
+@contextmanager
+def watched(backend: Backend, console: Console, name: str) -> Iterator[None]:
+    """Shows how far a build inside is, where the backend tells."""
+    if (watch := getattr(backend, "watch", None)) is None:
+        yield
+        return
+    with console.bar(name, 1.0) as bar:
+        watch(lambda done, phase: bar.update(done, phase=phase))
+        try:
+            yield
+        finally:
+            watch(None)

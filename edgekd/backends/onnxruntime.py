@@ -13,11 +13,10 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.backends import asked, version_of
+from edgekd.backends import Layer, asked, version_of
 from edgekd.config import Config
 from edgekd.errors import BackendError
 from edgekd.profile.device import same_machine
@@ -32,17 +31,6 @@ _CPU = "CPUExecutionProvider"
 _PROFILE_WARMUP, _PROFILE_RUNS = 3, 20
 _FATAL_ONLY = 4  # log severity
 _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:\s*|\S+\.(?:h|cc):\d+ [^()]*\([^()]*\) ")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Mean time of one node per run, in microseconds, and its share of all nodes."""
-
-    name: str
-    op_type: str
-    total_us: float
-    share: float
-    calls: int
 
 
 class OrtSession:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from edgekd.backends import asked, version_of
+from edgekd.backends._trt_callbacks import first_reason, log_of, monitor_of
+from edgekd.backends._trt_session import TrtSession
 from edgekd.config import Config
 from edgekd.errors import BackendError
 from edgekd.profile.device import same_machine
 from edgekd.registry import register
 
 if TYPE_CHECKING:
-    from edgekd.backends import Array, Feeds
+    from edgekd.backends import Feeds, Layer
     from edgekd.profile.schema import DeviceProfile
 
 _MIB = 2**20
-_NOISE = re.compile(r"catchCudaError|cudaError 35|insufficient for CUDA runtime|--- (Begin|End) node ---|^Node name:")
-_PLACES = re.compile(r"\.?\s*In \w+ at /_src\S+|^.*?Error Code \d+: |^API Usage Error \(|\[\w+\.cpp:[^\]]*\]\s*")
 _X86_FLAVOUR = re.compile(r"Non-zero zero point|type Int32 but must have type|zeroPt must be all zeros")
 _FLAVOUR_HINT = "the graph is quantized for x86; quantize for this device: edgekd quantize MODEL --data FOLDER --device {device}"
 
@@ -53,6 +53,7 @@ class TensorRT:
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt",)  # imported in this order; the last one has the API
     wheels: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     install: ClassVar[str] = "pip install tensorrt, on the machine with the GPU"
+    _told: Callable[[float, str], None] | None = None
 
     # ------------------------------------------------------------------------------------------------ what is here
     def available(self) -> str | None:
@@ -89,7 +90,7 @@ class TensorRT:
     def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
         """Builds `model.engine` for `batch` images, and up to `max_batch` where the graph allows; raises BackendError that names the node."""
         chosen, trt = self._asked(options, graph), self.runtime()
-        log = _log_of(trt)
+        log = log_of(trt).clear()
         try:
             builder = trt.Builder(log)
         except Exception as error:  # the bindings raise pybind11's own types
@@ -102,18 +103,13 @@ class TensorRT:
         self._target(trt, config, device)
         _apply(trt, config, chosen)
         shapes = _add_profile(builder, config, network, batch, max(batch, chosen.max_batch), graph)
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names of layers, for the engine inspector
-        monitor = _monitor_of(trt)
-        config.progress_monitor = monitor
-        with ThreadPoolExecutor(1) as pool:  # an exception of a signal must not be raised in a callback, below the builder's C++
-            built = pool.submit(builder.build_serialized_network, network, config)
-            try:
-                plan = built.result()
-            except BaseException:
-                monitor.stopped = True
-                raise
+        plan = _built(builder, network, config, monitor_of(trt, self._told))
         if plan is None:
-            raise self._failed(log.errors, graph, device)
+            raise BackendError(
+                f"{self.name} cannot build an engine for {device.id}: {log.said('the builder gives no reason')}",
+                where=graph.name,
+                hint=f"precision: fp32 for {device.id}",
+            )
         (out / "model.engine").write_bytes(plan)
         return {
             "model_file": "model.engine",
@@ -126,6 +122,10 @@ class TensorRT:
             "options": chosen.model_dump(exclude_none=True),
         }
 
+    def watch(self, told: Callable[[float, str], None] | None) -> None:
+        """`convert` calls `told(share done, phase)` from its own threads while it builds; None ends that."""
+        self._told = told
+
     def _asked(self, options: Mapping[str, Any], graph: Path) -> Any:
         """The options; RTX has fewer."""
         return asked(self, options, graph)
@@ -137,16 +137,10 @@ class TensorRT:
         """The parser's first refusal in one line, with the node that it is about."""
         if not errors:
             return BackendError(f"{self.name} cannot read the graph", where=graph.name, expected="an ONNX file", hint="edgekd doctor")
-        first, said = errors[0], _first_reason(errors[0].desc())
+        first, said = errors[0], first_reason(errors[0].desc())
         node = f"node '{first.node_name()}' ({first.node_operator()}): " if first.node_name() or first.node_operator() else ""
         hint = _FLAVOUR_HINT.format(device=device.id) if _X86_FLAVOUR.search(first.desc()) else f"precision: fp32 for {device.id}"
         return BackendError(f"{self.name} does not take the graph: {node}{said}", where=graph.name, hint=hint)
-
-    def _failed(self, errors: Sequence[str], graph: Path, device: DeviceProfile) -> BackendError:
-        said = next((r for e in reversed(errors) if (r := _first_reason(e))), "the builder gives no reason")
-        return BackendError(
-            f"{self.name} cannot build an engine for {device.id}: {said}", where=graph.name, hint=f"precision: fp32 for {device.id}"
-        )
 
     # ------------------------------------------------------------------------------------------------ running
     def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> TrtSession:
@@ -160,65 +154,30 @@ class TensorRT:
             )
         return TrtSession(self.runtime(), engine)
 
-
-class TrtSession:
-    """An engine with one execution context; inputs and outputs live in torch tensors on the GPU."""
-
-    def __init__(self, trt: Any, engine: Path):
-        log = _log_of(trt)
-        self._where, self._trt = engine.name, trt
-        self._engine = trt.Runtime(log).deserialize_cuda_engine(engine.read_bytes())
-        if self._engine is None:
-            said = next((r for e in reversed(log.errors) if (r := _first_reason(e))), "no reason given")
-            raise BackendError(
-                f"the engine cannot be opened: {said}",
-                where=engine.name,
-                expected=f"an engine of version {trt.__version__} for this GPU",
-                hint="build it again on this machine: python3 build.py in the bundle",
-            )
-        self._context = self._engine.create_execution_context()
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        self.input_names = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-        self.output_names = [n for n in names if n not in self.input_names]
-
-    def run(self, feeds: Feeds) -> list[Array]:
-        import numpy as np
-        import torch
-
-        if self._context is None:
-            raise BackendError("the session is closed", where=self._where)
-        if set(feeds) != set(self.input_names):
-            raise BackendError(f"inputs {sorted(feeds)}", where=self._where, expected=f"{sorted(self.input_names)}")
-        held = []
-        for name, value in feeds.items():
-            wanted = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
-            if value.dtype != wanted or not self._context.set_input_shape(name, value.shape):
-                raise BackendError(
-                    f"input '{name}' is {value.dtype} {value.shape}",
-                    where=self._where,
-                    expected=f"{wanted} in a shape of the engine's profile",
-                )
-            held.append(torch.from_numpy(np.ascontiguousarray(value)).cuda())
-            self._context.set_tensor_address(name, held[-1].data_ptr())
-        outputs = []
-        for name in self.output_names:
-            dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
-            empty = torch.from_numpy(np.empty(tuple(self._context.get_tensor_shape(name)), dtype)).cuda()
-            outputs.append(empty)
-            self._context.set_tensor_address(name, empty.data_ptr())
-        stream = torch.cuda.current_stream()
-        if not self._context.execute_async_v3(stream.cuda_stream):
-            raise BackendError("the engine failed while running", where=self._where)
-        stream.synchronize()
-        return [t.cpu().numpy() for t in outputs]
-
-    def close(self) -> None:
-        self._context = self._engine = None
+    def layers(self, engine: Path, feeds: Feeds, threads: int, device: DeviceProfile) -> list[Layer]:
+        """Time per layer on this machine's GPU, with the types and formats that the builder chose (slowest first)."""
+        session = self.open(engine, threads=threads, device=device)
+        found = session.layers(feeds)
+        session.close()
+        return found
 
 
-# ------------------------------------------------------------------------------------------------------------ settings of a build
+# ------------------------------------------------------------------------------------------------------------ a build and its settings
+def _built(builder: Any, network: Any, config: Any, monitor: Any) -> Any:
+    """The serialized engine, or None; the monitor ends the build where a signal ends the wait."""
+    config.progress_monitor = monitor
+    with ThreadPoolExecutor(1) as pool:  # an exception of a signal must not be raised in a callback, below the builder's C++
+        built = pool.submit(builder.build_serialized_network, network, config)
+        try:
+            return built.result()
+        except BaseException:
+            monitor.stopped = True
+            raise
+
+
 def _apply(trt: Any, config: Any, chosen: Any) -> None:
     config.builder_optimization_level = chosen.optimization
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # types and formats of layers, for the engine inspector
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default, it would round fp32 to 10 bits behind the graph's back
     if chosen.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, chosen.workspace_mib * _MIB)
@@ -246,44 +205,3 @@ def _add_profile(builder: Any, config: Any, network: Any, batch: int, most: int,
     if shapes:
         config.add_optimization_profile(profile)
     return shapes
-
-
-# ------------------------------------------------------------------------------------------------------------ callbacks
-def _log_of(trt: Any) -> Any:
-    """A logger that keeps errors: the bindings' own one prints to stderr."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and not _NOISE.search(message):
-                self.errors.append(message)
-
-    return Log()
-
-
-def _monitor_of(trt: Any) -> Any:
-    """Ends the build at its next step once `stopped` is set."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.stopped = False
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None: ...
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            return not self.stopped
-
-        def phase_finish(self, phase: str) -> None: ...
-
-    return Monitor()
-
-
-def _first_reason(text: str) -> str:
-    """The first line that says something to a person, without source places."""
-    lines = [line for line in text.splitlines() if line.strip() and not _NOISE.search(line)]
-    told = [_PLACES.sub("", _PLACES.sub("", line)).strip() for line in lines]  # twice: what stands first hides what follows
-    return next((t for t in reversed(told) if t and not t.startswith("Invalid Node -")), told[0] if told else "")[:300]

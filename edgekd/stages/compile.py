@@ -45,12 +45,14 @@ class Compile:
     libraries = ("onnx",)
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.backends import watched
         from edgekd.profile.device import load_device
 
         config = settings.typed(self.Config)
         backend, graph = registry.load("backend", config.backend)(), inputs["graph"].path / GRAPH
         try:
-            meta: dict[str, Any] = backend.convert(graph, load_device(config.device), out, config.options, batch=config.batch)
+            with watched(backend, ctx.console, config.backend):
+                meta: dict[str, Any] = backend.convert(graph, load_device(config.device), out, config.options, batch=config.batch)
         except BackendError as problem:
             if not config.optional:
                 raise

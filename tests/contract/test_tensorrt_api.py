@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_tensorrt import CLASSES_OF_THE_API
+
 PACKAGE = Path(sys.modules["edgekd"].__file__ or "").parent if "edgekd" in sys.modules else Path(__file__).parents[2] / "edgekd"
 API: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
-FILES = {"backends/tensorrt.py": list(API), "templates/build.py": list(API), "backends/tensorrt_rtx.py": ["rtx"]}
+SHARED = ("tensorrt", "_trt_session", "_trt_callbacks")
+FILES = {f"backends/{name}.py": list(API) for name in SHARED} | {"templates/build.py": list(API), "backends/tensorrt_rtx.py": ["rtx"]}
 OBJECTS = {  # names of variables and attributes in the code -> the class that they hold
     "builder": "Builder",
     "config": "IBuilderConfig",
@@ -28,6 +31,8 @@ OBJECTS = {  # names of variables and attributes in the code -> the class that t
     "context": "IExecutionContext",
     "_context": "IExecutionContext",
     "first": "ParserError",
+    "runtime": "Runtime",
+    "inspector": "EngineInspector",
 }
 OURS = {"engine": {"name", "read_bytes"}, "profile": set(), "parser": set()}  # a path of the same name
 ONLY_RTX = {
@@ -70,4 +75,24 @@ def test_the_listing_finds_what_is_not_there() -> None:
     assert "INT8" not in API[eleven]["BuilderFlag"]
     assert "INT8" in API["10.3.0"]["BuilderFlag"]
     assert "ComputeCapability" not in API["10.3.0"]
-    assert {c for c, _ in used("backends/tensorrt.py")} >= {"IBuilderConfig", "OnnxParser", "ICudaEngine", "BuilderFlag"}
+    assert {c for c, _ in used("backends/tensorrt.py")} >= {"IBuilderConfig", "OnnxParser", "BuilderFlag"}
+    assert set(used("backends/_trt_session.py")) >= {("Runtime", "deserialize_cuda_engine"), ("EngineInspector", "get_engine_information")}
+    assert ("IExecutionContext", "profiler") in set(used("backends/_trt_session.py"))
+
+
+def test_every_method_that_tensorrt_calls_back_exists() -> None:
+    """A callback under a wrong name is never called: each method of a subclass is one of its base, or our own."""
+    ours = {"ILogger": {"clear", "said"}, "IProgressMonitor": set(), "IProfiler": set()}
+    tree = ast.parse((PACKAGE / "backends/_trt_callbacks.py").read_text(encoding="utf-8"))
+    classes = [c for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.bases]
+    found = {ast.unparse(c.bases[0]).removeprefix("trt."): {m.name for m in c.body if isinstance(m, ast.FunctionDef)} for c in classes}
+    assert set(found) == set(ours)
+    for base, methods in found.items():
+        for version, api in API.items():
+            assert methods - {"__init__"} - ours[base] <= set(api[base]), version
+
+
+@pytest.mark.parametrize("version", API)
+def test_the_fake_of_other_tests_has_no_name_that_the_real_api_lacks(version: str) -> None:
+    for cls in CLASSES_OF_THE_API:
+        assert {n for n in vars(cls) if n[0] != "_"} <= set(API[version][cls.__name__]), cls.__name__
