@@ -20,6 +20,7 @@ from edgekd import registry
 from edgekd.errors import ResourceError
 from edgekd.profile.host import Machine, detect
 from edgekd.safeio.locks import check_locks_work
+from edgekd.store import home
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -51,7 +52,7 @@ class Check:
 
 def examine(store: Path | None = None) -> list[Check]:
     """All checks; `store` defaults to EDGEKD_HOME or ~/.cache/edgekd. Never raises for what it finds."""
-    machine, root = detect(), store or Path(os.environ.get("EDGEKD_HOME") or "~/.cache/edgekd").expanduser()
+    machine, root = detect(), store or home()
     checks = [
         _python(),
         _platform(),

@@ -5,6 +5,7 @@ tmp/<key>.<rand>/   scratch of a build; dead as soon as nobody holds the lock of
 work/<key>/         checkpoints of an unfinished stage; they survive SIGKILL and go on publish or by age
 locks/<key>         one flock per key: the kernel frees it when its holder dies
 quarantine/         entries whose bytes differ from their manifest
+timing/             what TensorRT's builder learnt about kernels (backends/_timing.py): a shortcut that may go at any time
 lock                shared while this process uses the store, exclusive for gc
 """
 
@@ -36,6 +37,11 @@ _WORK_DAYS = 14.0  # checkpoints untouched for longer belong to a run that nobod
 Build = Callable[[Path], dict[str, Any]]
 
 
+def home() -> Path:
+    """EDGEKD_HOME, else ~/.cache/edgekd."""
+    return Path(os.environ.get("EDGEKD_HOME") or "~/.cache/edgekd").expanduser().absolute()
+
+
 @dataclass
 class GcReport:
     """What gc removed, or would remove: names below the store's root, bytes; `busy`: a run uses the store, so entries were left alone."""
@@ -50,7 +56,7 @@ class Store:
     """Artifacts by key below `root` (default: EDGEKD_HOME, else ~/.cache/edgekd). Raises ResourceError where locks do not work."""
 
     def __init__(self, root: Path | None = None, *, warn: Callable[[str], None] = lambda _: None):
-        self.root = (root or Path(os.environ.get("EDGEKD_HOME") or "~/.cache/edgekd")).expanduser().absolute()
+        self.root = root.expanduser().absolute() if root else home()
         self.warn = warn
         self._use: BinaryIO | None = None
         self._handed_out: set[str] = set()

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from edgekd.backends import asked, version_of
+from edgekd.backends._timing import TimingCache
 from edgekd.backends._trt_callbacks import first_reason, log_of, monitor_of
 from edgekd.backends._trt_session import TrtSession
 from edgekd.config import Config
 from edgekd.errors import BackendError
 from edgekd.profile.device import same_machine
+from edgekd.profile.host import detect
 from edgekd.registry import register
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class TensorRT:
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt",)  # imported in this order; the last one has the API
     wheels: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     install: ClassVar[str] = "pip install tensorrt, on the machine with the GPU"
+    times_kernels: ClassVar[bool] = True  # its builder tries kernels on the GPU: worth keeping what it learnt
     _told: Callable[[float, str], None] | None = None
 
     # ------------------------------------------------------------------------------------------------ what is here
@@ -103,6 +106,9 @@ class TensorRT:
         self._target(trt, config, device)
         _apply(trt, config, chosen)
         shapes = _add_profile(builder, config, network, batch, max(batch, chosen.max_batch), graph)
+        timing = TimingCache(self.name, trt.__version__, detect().gpu or device.id) if self.times_kernels else None
+        if timing is not None:
+            timing.attach(config)
         plan = _built(builder, network, config, monitor_of(trt, self._told))
         if plan is None:
             raise BackendError(
@@ -120,6 +126,8 @@ class TensorRT:
             "shapes": shapes,
             "max_batch": max((sizes[2][0] for sizes in shapes.values()), default=None),
             "options": chosen.model_dump(exclude_none=True),
+            "timing_cache": timing.keep(config) if timing is not None else None,
+            "note": timing.note if timing is not None else None,
         }
 
     def watch(self, told: Callable[[float, str], None] | None) -> None:

@@ -59,6 +59,8 @@ class Compile:
             ctx.console.warn(f"{config.backend} refuses the graph: {problem.what}")
             (out / ENGINE).write_text(json.dumps({"backend": config.backend, "refused": problem.what}), encoding="utf-8")
             return {"refused": problem.what}
+        if meta.get("note"):
+            ctx.console.say(f"  {meta['note']}")
         facts = inputs["graph"].json(FACTS) | {
             "device": config.device,
             "backend": config.backend,

@@ -17,7 +17,7 @@ from tests.fake_tensorrt import CLASSES_OF_THE_API
 
 PACKAGE = Path(sys.modules["edgekd"].__file__ or "").parent if "edgekd" in sys.modules else Path(__file__).parents[2] / "edgekd"
 API: dict[str, dict[str, list[str]]] = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
-SHARED = ("tensorrt", "_trt_session", "_trt_callbacks")
+SHARED = ("tensorrt", "_trt_session", "_trt_callbacks", "_timing")
 FILES = {f"backends/{name}.py": list(API) for name in SHARED} | {"templates/build.py": list(API), "backends/tensorrt_rtx.py": ["rtx"]}
 OBJECTS = {  # names of variables and attributes in the code -> the class that they hold
     "builder": "Builder",
@@ -33,6 +33,8 @@ OBJECTS = {  # names of variables and attributes in the code -> the class that t
     "first": "ParserError",
     "runtime": "Runtime",
     "inspector": "EngineInspector",
+    "cache": "ITimingCache",
+    "others": "ITimingCache",
 }
 OURS = {"engine": {"name", "read_bytes"}, "profile": set(), "parser": set()}  # a path of the same name
 ONLY_RTX = {
@@ -77,6 +79,7 @@ def test_the_listing_finds_what_is_not_there() -> None:
     assert "ComputeCapability" not in API["10.3.0"]
     assert {c for c, _ in used("backends/tensorrt.py")} >= {"IBuilderConfig", "OnnxParser", "BuilderFlag"}
     assert set(used("backends/_trt_session.py")) >= {("Runtime", "deserialize_cuda_engine"), ("EngineInspector", "get_engine_information")}
+    assert set(used("backends/_timing.py")) >= {("ITimingCache", "combine"), ("IBuilderConfig", "set_timing_cache")}
     assert ("IExecutionContext", "profiler") in set(used("backends/_trt_session.py"))
 
 
