@@ -20,6 +20,8 @@ _ENGINE_FACTS = (
     "max_batch",
     "shapes",
     "options",
+    "flags",
+    "driver",
 )  # what the manifest says of the engine
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _HINT = "do not deploy it; make it again: edgekd compress RECIPE"

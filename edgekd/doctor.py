@@ -18,7 +18,7 @@ from typing import Literal
 
 from edgekd import registry
 from edgekd.errors import ResourceError
-from edgekd.profile.host import Machine, detect
+from edgekd.profile.host import Machine, detect, driver
 from edgekd.safeio.locks import check_locks_work
 from edgekd.store import home
 
@@ -33,7 +33,6 @@ _WHY = {  # floors that are there for safety
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)>=([0-9.]+)$")
 _RUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
 _WANTED_FREE_GB = 5.0
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ def _optional_backends() -> Iterator[Check]:
 def _gpu(machine: Machine) -> Check:
     if machine.gpu is None:
         return Check("gpu", "ok", "none", "none is needed")
-    driver = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text(errors="replace")) if _DRIVER.is_file() else None
-    return Check("gpu", "ok", f"{machine.gpu}, driver {driver.group() if driver else 'unknown'}", "none is needed")
+    return Check("gpu", "ok", f"{machine.gpu}, driver {driver() or 'unknown'}", "none is needed")
 
 
 def _cores(machine: Machine) -> Check:

@@ -25,7 +25,7 @@ from edgekd.backends._trt_session import TrtSession
 from edgekd.config import Config
 from edgekd.errors import BackendError
 from edgekd.profile.device import same_machine
-from edgekd.profile.host import detect
+from edgekd.profile.host import detect, driver
 from edgekd.registry import register
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ class TensorRT:
             "shapes": shapes,
             "max_batch": max((sizes[2][0] for sizes in shapes.values()), default=None),
             "options": chosen.model_dump(exclude_none=True),
+            "flags": _flags(trt, network, config),
+            **({"driver": version} if (version := driver()) else {}),
             "timing_cache": timing.keep(config) if timing is not None else None,
             "note": timing.note if timing is not None else None,
         }
@@ -196,6 +198,12 @@ def _apply(trt: Any, config: Any, chosen: Any) -> None:
     if chosen.dla is not None:
         config.default_device_type, config.DLA_core = trt.DeviceType.DLA, chosen.dla
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+
+
+def _flags(trt: Any, network: Any, config: Any) -> list[str]:
+    """Names of what is set. TF32 is on unless it is cleared, so its absence says that it is off."""
+    found = [name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)]
+    return sorted(found + ["STRONGLY_TYPED"] * network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
 def _add_profile(builder: Any, config: Any, network: Any, batch: int, most: int, graph: Path) -> dict[str, list[list[int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -66,6 +67,12 @@ def identity() -> dict[str, Any]:
     """What makes measurements of two machines comparable, for cache keys; no host name, no clock."""
     m = detect()
     return {"cpu": m.cpu, "isa": list(m.isa), "cores": m.cores, "arch": platform.machine(), "gpu": m.gpu}
+
+
+def driver(proc: Path = _PROC) -> str | None:
+    """Version of NVIDIA's kernel driver; None without it."""
+    found = re.search(r"\d+\.\d+(\.\d+)?", _text(proc / "driver/nvidia/version"))
+    return found.group() if found else None
 
 
 def detect(proc: Path = _PROC, cpu0: Path = _CPU0) -> Machine:

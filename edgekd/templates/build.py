@@ -1,7 +1,8 @@
 """Builds this bundle's engine on the device, checks it on the sample images, measures it, and completes the manifest: python3 build.py
 
 Needs Python 3.8 or newer, numpy and the device's own TensorRT (tensorrt, or TensorRT for RTX); no pip and nothing of edgekd.
-Where there is no GPU the engine is built and neither checked nor measured, and the manifest says so.
+Where there is no GPU the engine is built and neither checked nor measured, and the manifest says so. What TensorRT learnt about kernels stays in
+model.cache, so that building again is faster.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import hashlib
 import importlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -19,7 +21,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 PRODUCTS = {"tensorrt": ["tensorrt"], "tensorrt_rtx": ["tensorrt_rtx_libs", "tensorrt_rtx_bindings"]}
-ENGINE, MANIFEST = "model.engine", "manifest.json"
+ENGINE, CACHE, MANIFEST = "model.engine", "model.cache", "manifest.json"
+DRIVER = Path("/proc/driver/nvidia/version")
 WARM_UP, RUNS = 50, 500
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 
@@ -30,7 +33,7 @@ def main() -> None:
     check_files(manifest)
     trt = load(bundle["build"]["backend"])
     print(f"building with {trt.__name__} {trt.__version__} ...")
-    plan = build(trt, bundle)
+    plan, cache, engine = build(trt, bundle, known_kernels(manifest))
     print(f"{ENGINE}: {len(plan)} bytes")
     found: dict[str, Any] = {"backend": bundle["build"]["backend"], "version": trt.__version__, "measured": False}
     cuda = Cuda.find()
@@ -41,28 +44,40 @@ def main() -> None:
         p50 = found["latency_ms"]["p50"]
         print(f"sample outputs within {found['gap']:.3g} (tolerance {bundle['tolerance']:.3g}); p50 {p50:.3f} ms")
     (HERE / ENGINE).write_bytes(plan)  # not before it passed: a bundle with a file of no manifest counts as tampered with
-    complete(bundle, manifest, found)
+    if cache:
+        (HERE / CACHE).write_bytes(cache)
+    elif (HERE / CACHE).is_file():
+        (HERE / CACHE).unlink()
+    complete(bundle, manifest, engine, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def check_files(manifest: dict[str, Any]) -> None:
-    """Every byte as it was packed; an engine of an earlier build may be there."""
+    """Every byte as it was packed; what an earlier build made may be there."""
     for name, entry in manifest["files"].items():
-        if name != ENGINE and not ((HERE / name).is_file() and sha256(HERE / name) == entry["sha256"]):
+        if name not in (ENGINE, CACHE) and not ((HERE / name).is_file() and sha256(HERE / name) == entry["sha256"]):
             sys.exit(f"'{name}' is missing or was changed since the bundle was made: copy the bundle again")
+
+
+def known_kernels(manifest: dict[str, Any]) -> bytes:
+    """The timing cache of an earlier build, if it is what that build wrote."""
+    wanted, path = manifest["files"].get(CACHE, {}).get("sha256"), HERE / CACHE
+    return path.read_bytes() if path.is_file() and sha256(path) == wanted else b""
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def complete(bundle: dict[str, Any], manifest: dict[str, Any], found: dict[str, Any]) -> None:
-    """The engine and what was measured, under the same digest as everything else."""
+def complete(bundle: dict[str, Any], manifest: dict[str, Any], engine: dict[str, Any], found: dict[str, Any]) -> None:
+    """The engine, with what it was built and what was measured, under the same digest as everything else."""
     bundle["engine_file"] = ENGINE
     write(HERE / "bundle.json", json.dumps(bundle, sort_keys=True, indent=1, ensure_ascii=True) + "\n")
-    for name in ("bundle.json", ENGINE):
-        manifest["files"][name] = {"size": (HERE / name).stat().st_size, "sha256": sha256(HERE / name)}
-    manifest["built"] = found
+    manifest["files"].pop(CACHE, None)
+    for name in ("bundle.json", ENGINE, CACHE):
+        if (HERE / name).is_file():
+            manifest["files"][name] = {"size": (HERE / name).stat().st_size, "sha256": sha256(HERE / name)}
+    manifest["engine"], manifest["built"] = engine, found
     manifest.pop("digest", None)
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     manifest["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
@@ -84,8 +99,8 @@ def load(product: str) -> Any:
         sys.exit(f"{product} cannot be imported: {error}. It comes with the device's system image, or from NVIDIA.")
 
 
-def build(trt: Any, bundle: dict[str, Any]) -> bytes:
-    """A strongly typed engine: its precision is what the graph says."""
+def build(trt: Any, bundle: dict[str, Any], known: bytes) -> tuple[bytes, bytes, dict[str, Any]]:
+    """A strongly typed engine, whose precision is what the graph says; what was learnt about kernels; and what the manifest says of the engine."""
     asked = bundle["build"]["options"]
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -95,6 +110,7 @@ def build(trt: Any, bundle: dict[str, Any]) -> bytes:
         sys.exit("the graph is refused:\n" + "\n".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors)))
     config = builder.create_builder_config()
     config.builder_optimization_level = asked["optimization"]
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
     if asked.get("workspace_mib"):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, asked["workspace_mib"] * 2**20)
@@ -109,15 +125,42 @@ def build(trt: Any, bundle: dict[str, Any]) -> bytes:
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__["SM" + bundle["build"]["compute_capability"].replace(".", "")], 0)
     profile, batch = builder.create_optimization_profile(), bundle["build"]["batch"]
-    tensor = network.get_input(0)
+    tensor, shapes = network.get_input(0), {}
     if tensor.shape[0] == -1:
-        rest = tuple(tensor.shape)[1:]
-        profile.set_shape(tensor.name, (1, *rest), (batch, *rest), (max(batch, asked["max_batch"]), *rest))
+        shapes[tensor.name] = [[n, *tuple(tensor.shape)[1:]] for n in (1, batch, max(batch, asked["max_batch"]))]
+        profile.set_shape(tensor.name, *map(tuple, shapes[tensor.name]))
         config.add_optimization_profile(profile)
+    timed = not trt.__name__.startswith("tensorrt_rtx")  # that one chooses kernels when it first loads the engine: its cache stays empty
+    if timed:
+        attach(config, known)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         sys.exit("the engine could not be built; the reason stands above")
-    return bytes(plan)
+    learnt = bytes(config.get_timing_cache().serialize()) if timed else b""
+    return bytes(plan), learnt, facts(trt, config, shapes, bundle["build"])
+
+
+def attach(config: Any, known: bytes) -> None:
+    """The kernels that an earlier build timed, or none where that was another version or GPU."""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def facts(trt: Any, config: Any, shapes: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of an engine, in the words that edgekd uses for one of its own."""
+    flags = [name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)]
+    found = {
+        "runtime": asked["backend"],
+        "version": trt.__version__,
+        "compute_capability": asked.get("compute_capability"),
+        "max_batch": next((sizes[2][0] for sizes in shapes.values()), None),
+        "shapes": shapes,
+        "options": {name: value for name, value in asked["options"].items() if value is not None},
+        "flags": sorted([*flags, "STRONGLY_TYPED"]),
+    }
+    driver = re.findall(r"\d+\.\d+(?:\.\d+)?", DRIVER.read_text(encoding="utf-8")) if DRIVER.is_file() else []
+    return dict(found, driver=driver[0]) if driver else found
 
 
 # ---------------------------------------------------------------------------------------------------------------- running
@@ -163,7 +206,9 @@ class Cuda:
 def run(trt: Any, plan: bytes, bundle: dict[str, Any], cuda: Cuda) -> dict[str, Any]:
     """Outputs of the sample images against the stored ones, then latency of one inference without copies."""
     logger = trt.Logger(trt.Logger.ERROR)
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = True  # a version-compatible engine brings its own runtime; this one was built a moment ago
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         sys.exit("the engine was built but does not load on this GPU")
     context, stream = engine.create_execution_context(), cuda.stream()

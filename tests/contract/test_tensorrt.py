@@ -19,10 +19,11 @@ import torch
 from edgekd.artifact import digest_of
 from edgekd.backends.tensorrt import TensorRT
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
-from edgekd.bundle import verify_files, write_manifest
+from edgekd.bundle import engine_facts, verify_files, write_manifest
 from edgekd.errors import BackendError
 from edgekd.export.onnx import INPUT, OUTPUT, export_onnx
 from edgekd.profile.device import load_device
+from edgekd.profile.host import driver
 from edgekd.quantize.fp16 import FP16
 from edgekd.quantize.ptq import PTQ
 from edgekd.registry import load
@@ -44,6 +45,38 @@ FAMILIES: dict[str, dict[str, Any]] = {  # one of each kind of block, with few o
 }
 RTX = load_device("rtx4090")
 TEMPLATE = Path(sys.modules["edgekd"].__file__ or "").parent / "templates" / "build.py"
+
+SHIM = """import tensorrt_rtx_libs
+from tensorrt_rtx_bindings import *
+from tensorrt_rtx_bindings import ComputeCapability, __version__
+import tensorrt_rtx_bindings as rtx
+
+
+class Config:
+    def __init__(self, config):
+        object.__setattr__(self, "config", config)
+
+    def __getattr__(self, name):
+        return getattr(self.config, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.config, name, value)
+
+    def create_timing_cache(self, known):
+        print("known:", len(known), "bytes")
+        return self.config.create_timing_cache(known)
+
+
+class Builder(rtx.Builder):
+    def create_builder_config(self):
+        config = super().create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(ComputeCapability.SM89, 0)
+        return Config(config)
+
+    def build_serialized_network(self, network, config):
+        return super().build_serialized_network(network, config.config)
+"""
 
 pytestmark = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
 
@@ -138,6 +171,28 @@ def test_options_of_a_build(tiny: Path, tmp_path: Path, options: dict[str, Any])
     assert meta["shapes"][INPUT][2][0] == options.get("max_batch", 32)
 
 
+def test_the_manifest_says_with_which_flags_and_driver_an_engine_was_built(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = engine_facts(build(tiny, tmp_path / "engine"))
+    assert said["flags"] == ["STRONGLY_TYPED"]  # and not TF32, which is on unless it is cleared
+    assert (said["compute_capability"], said["max_batch"]) == ("8.9", 32)
+    assert "driver" not in said  # there is no GPU here
+    monkeypatch.setattr("edgekd.backends.tensorrt.driver", lambda: "580.65.06")
+    monkeypatch.setattr("edgekd.backends.tensorrt._apply", lambda *_: None)
+    said = engine_facts(build(tiny, tmp_path / "again"))
+    assert (said["flags"], said["driver"]) == (["STRONGLY_TYPED", "TF32"], "580.65.06")
+
+
+def test_the_driver_is_what_the_kernel_says(tmp_path: Path) -> None:
+    assert driver(tmp_path) is None
+    (tmp_path / "driver/nvidia").mkdir(parents=True)
+    (tmp_path / "driver/nvidia/version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\nGCC version: 13.3\n"
+    )
+    assert driver(tmp_path) == "580.65.06"
+
+
 def test_unknown_options_and_capabilities_are_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no option 'turbo'"):
         build(tiny, tmp_path / "engine", turbo=True)
@@ -220,6 +275,43 @@ def test_build_py_builds_and_completes_a_manifest_that_still_verifies(bundle: Pa
     assert digest_of(manifest)  # canonical JSON of both sides is the same, or verify_files had refused it
     assert run_script(bundle).returncode == 0  # it can be repeated
     verify_files(bundle)
+
+
+def test_build_py_says_of_its_engine_what_edgekd_says_of_one_of_its_own(tiny: Path, bundle: Path, tmp_path: Path) -> None:
+    assert run_script(bundle).returncode == 0
+    meta = build(tiny, tmp_path / "engine")
+    assert verify_files(bundle)["engine"] == json.loads(json.dumps(engine_facts(meta)))
+    assert not (bundle / "model.cache").exists()  # RTX's stays empty
+    assert (bundle / "model.engine").stat().st_size == (tmp_path / "engine" / "model.engine").stat().st_size
+
+
+@pytest.fixture
+def jetson(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A bundle for `tensorrt`, where that module is RTX's builder under the other name."""
+    product = tmp_path / "product"
+    product.mkdir()
+    (product / "tensorrt.py").write_text(SHIM)
+    monkeypatch.setenv("PYTHONPATH", str(product))
+    facts = json.loads((bundle / "bundle.json").read_text())
+    facts["build"]["backend"] = "tensorrt"
+    (bundle / "bundle.json").write_text(json.dumps(facts))
+    (bundle / "manifest.json").unlink()
+    write_manifest(bundle, {"recipe": "r", "target": "jetson-orin-nano"})
+    return bundle
+
+
+def test_build_py_keeps_what_tensorrt_learnt_and_uses_only_what_it_wrote_itself(jetson: Path) -> None:
+    done = run_script(jetson)
+    assert done.returncode == 0, done.stderr
+    manifest, size = verify_files(jetson), (jetson / "model.cache").stat().st_size
+    assert manifest["files"]["model.cache"]["size"] == size > 0
+    assert (manifest["engine"]["runtime"], manifest["engine"]["flags"]) == ("tensorrt", ["STRONGLY_TYPED"])
+    assert "known: 0 bytes" in done.stdout
+    assert f"known: {size} bytes" in run_script(jetson).stdout
+    (jetson / "model.cache").write_bytes(b"from elsewhere")
+    done = run_script(jetson)
+    assert (done.returncode, "known: 0 bytes" in done.stdout) == (0, True), done.stderr
+    verify_files(jetson)
 
 
 def test_build_py_refuses_a_changed_file(bundle: Path) -> None:
