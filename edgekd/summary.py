@@ -59,6 +59,7 @@ class _Summary:
             "confusion": self._confusion(),
             "operators": [
                 {"name": o["name"], "op_type": o["op_type"], "share": o["share"], "mean_us": o["total_us"], "calls": o["calls"]}
+                | {n: o[n] for n in ("precision", "format") if o.get(n)}
                 for o in self.trace["operators"]
             ],
             "sensitivity": self._sensitivity(),

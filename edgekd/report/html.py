@@ -252,7 +252,11 @@ def _operators(run: Run, _: Figures) -> str:
     if not ops:
         return ""
     more = _note(f"The {_MAX_OPERATORS} costliest of {len(ops)} operators.") if len(ops) > _MAX_OPERATORS else ""
-    return _table(["operator", "type", "share of time", "mean", "calls"], map(_operator_cells, ops[:_MAX_OPERATORS])) + more
+    said = [
+        n for n in ("precision", "format") if any(op.get(n) for op in ops)
+    ]  # TensorRT's builder chooses them; elsewhere the graph says them
+    rows = ([*_operator_cells(op), *(_td(op.get(n) or "") for n in said)] for op in ops[:_MAX_OPERATORS])
+    return _table(["operator", "type", "share of time", "mean", "calls", *said], rows) + more
 
 
 def _operator_cells(op: dict[str, Any]) -> list[str]:

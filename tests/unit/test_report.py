@@ -447,6 +447,16 @@ def test_page_is_the_same_for_the_same_run(run: Run) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- page: true to the run
+def test_what_a_builder_chose_for_its_layers_is_in_the_table_where_it_is_known(run: Run) -> None:
+    assert "<th>calls</th><th>precision</th>" not in render(run)
+    run = copy.deepcopy(run)
+    run["operators"][0] |= {"precision": "fp32 -> int8", "format": "<b>NC/32HW32"}
+    page = render(run)
+    assert "<th>calls</th><th>precision</th><th>format</th>" in page
+    assert "fp32 -&gt; int8" in page
+    assert "&lt;b&gt;NC/32HW32" in page
+
+
 def test_sections_come_in_the_order_in_which_a_reader_asks(run: Run) -> None:
     titles = re.findall(r"<h2>(.*?)</h2>", render(run))
     assert titles == [title for title, _, _ in MISSING]
