@@ -210,17 +210,18 @@ def predict(model: Path, device: str, *, threads: int = 1, batch: int = 1) -> di
     return predict_graph(model_file_of(model), load_device(device), threads=threads, batch=batch).as_dict()
 
 
-def verify(bundle: Path, *, against: Path | None = None, build: bool = False) -> dict[str, Any]:
-    """Checks a bundle: every file's hash, its sample outputs on this machine's onnxruntime where that is installed, and what differs here.
+def verify(bundle: Path, *, against: Path | None = None, build: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Checks a bundle: every file's hash, its sample outputs on this machine's onnxruntime and by its engine where those run here, and what differs.
 
     With `build`, its engine is first built again by this machine's runtime.
 
     With `against`, compares two ONNX files or bundles of one model instead; raises ParityBroken that names the first node that breaks.
     """
+    from edgekd.console import Console as RealConsole
     from edgekd.verify import rebuild, verify_against, verify_bundle
 
     if build:
-        rebuild(bundle)
+        rebuild(bundle, console or RealConsole(quiet=True))
     return verify_bundle(bundle) if against is None else verify_against(bundle, against)
 
 

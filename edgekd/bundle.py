@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import digest_of
-from edgekd.errors import BundleRefused, FileMissing
+from edgekd.errors import BackendError, BundleRefused, FileMissing
 from edgekd.safeio.files import sha256_file, write_synced
+
+if TYPE_CHECKING:
+    from edgekd.backends import Backend
+    from edgekd.profile.schema import DeviceProfile
 
 MANIFEST, FACTS, SAMPLES = "manifest.json", "bundle.json", "samples.npz"
 _ENGINE_FACTS = (
@@ -23,8 +27,10 @@ _ENGINE_FACTS = (
     "flags",
     "driver",
 )  # what the manifest says of the engine
+_BUILT = (".engine", ".cache")  # endings of what a build adds: the one part of a bundle that can be made again from the rest
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _HINT = "do not deploy it; make it again: edgekd compress RECIPE"
+_BUILD = "build it again on the device: edgekd verify {folder} --build, or python3 build.py in it"
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
@@ -48,8 +54,11 @@ def engine_facts(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {name: meta[name] for name in _ENGINE_FACTS if name in meta}
 
 
-def verify_files(folder: Path) -> dict[str, Any]:
-    """The manifest of an intact bundle; raises BundleRefused that names what was changed, added or is missing."""
+def verify_files(folder: Path, *, rebuilding: bool = False) -> dict[str, Any]:
+    """The manifest of an intact bundle; raises BundleRefused that names what was changed, added or is missing.
+
+    With `rebuilding`, what a build will replace may be missing or damaged.
+    """
     body = read_manifest(folder)
     here: dict[str, Path] = {}
     for path in folder.rglob("*"):
@@ -62,14 +71,55 @@ def verify_files(folder: Path) -> dict[str, Any]:
             raise BundleRefused(f"'{name}' is an empty folder", where=str(folder), expected="exactly the files of the manifest", hint=_HINT)
     wanted: dict[str, Any] = body["files"]
     for what, names in (("missing", set(wanted) - set(here)), ("not in the manifest", set(here) - set(wanted) - {MANIFEST})):
-        if names:
+        if names := {n for n in names if not (rebuilding and n.endswith(_BUILT))}:
             raise BundleRefused(
-                f"{what}: {', '.join(sorted(names)[:5])}", where=str(folder), expected="exactly the files of the manifest", hint=_HINT
+                f"{what}: {', '.join(sorted(names)[:5])}",
+                where=str(folder),
+                expected="exactly the files of the manifest",
+                hint=_way_out(folder, names),
             )
     for name, entry in wanted.items():
+        if rebuilding and name.endswith(_BUILT):
+            continue
         if here[name].stat().st_size != entry["size"] or sha256_file(here[name]) != entry["sha256"]:
-            raise BundleRefused(f"'{name}' was changed", where=str(folder), expected=f"SHA-256 {entry['sha256'][:16]}...", hint=_HINT)
+            raise BundleRefused(
+                f"'{name}' was changed",
+                where=str(folder),
+                expected=f"SHA-256 {entry['sha256'][:16]}...",
+                hint=_way_out(folder, [name]),
+            )
     return body
+
+
+def _way_out(folder: Path, names: Iterable[str]) -> str:
+    return _BUILD.format(folder=folder) if all(n.endswith(_BUILT) for n in names) else _HINT
+
+
+def drop_built(folder: Path) -> None:
+    """Removes what an earlier build added."""
+    for path in folder.iterdir():
+        if path.name.endswith(_BUILT):
+            path.unlink()
+
+
+def engine_of(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any], backend: Backend, device: DeviceProfile) -> Path:
+    """The engine of a verified bundle, if it is one of this runtime, version and device; else BackendError: nothing of it was read."""
+    name, made, hint = str(facts.get("engine_file")), manifest.get("engine", {}), _BUILD.format(folder=folder)
+    if name not in manifest["files"] or not name.endswith(backend.suffix) or made.get("runtime") != backend.name:
+        raise BackendError(f"the bundle holds no engine of {backend.name}", where=str(folder), hint=hint)
+    if (target := manifest.get("target")) != device.id:
+        raise BackendError(
+            f"its engine was built for {target}", where=str(folder), expected=f"one for {device.id}", hint=f"--device {target}"
+        )
+    version, lasting = made.get("version"), made.get("options", {}).get("version_compatible", False)
+    if version != backend.version() and not lasting:
+        raise BackendError(
+            f"its engine was built with {backend.name} {version}",
+            where=str(folder),
+            expected=f"{backend.version()}, which is here",
+            hint=hint,
+        )
+    return folder / name
 
 
 def read_facts(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -427,10 +427,11 @@ def profile(
     if layers:
         _table(
             [
-                {"operator": r["op_type"], "name": r["name"], "us": f"{r['total_us']:.1f}", "share": f"{r['share']:.1%}"}
+                {"operator": r["op_type"], "us": f"{r['total_us']:.1f}", "share": f"{r['share']:.1%}"}
+                | {n: r[n] for n in ("name", "precision", "format")}
                 for r in found["operators"]
             ],
-            ("operator", "name", "us", "share"),
+            ("operator", "name", "us", "share", *(n for n in ("precision", "format") if any(r[n] for r in found["operators"]))),
             False,
         )
 
@@ -469,12 +470,14 @@ def verify(
 
     if build and against is not None:
         raise UsageError("--build and --against do not go together", hint="edgekd verify BUNDLE --build")
-    found = check_bundle(bundle, against=against, build=build)
     console = Console(json_mode=json)
+    found = check_bundle(bundle, against=against, build=build, console=console)
     if json:
         console.json(found)
     elif against is None:
         console.data(f"{bundle}: {found['files']} files as in the manifest; {found['samples']}")
+        if found["engine"]:
+            console.data(f"engine: {found['engine']}")
         for line in found["differs"]:
             console.say(f"differs here: {line}")
     else:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgekd.bundle import FACTS, MANIFEST, SAMPLES, read_facts, verify_files
 from edgekd.errors import BackendError, OnnxRefused, ParityBroken
+
+if TYPE_CHECKING:
+    from edgekd.console import Console
 
 _RANDOM_SAMPLES = 8
 _KEEP = 5  # nodes that are proposed for a higher precision
@@ -25,6 +28,7 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         "recipe": manifest["recipe"],
         "target": manifest["target"],
         "samples": _check_samples(folder, facts),
+        "engine": _check_engine(folder, manifest, facts),
         "differs": _differences(manifest),
     }
 
@@ -43,19 +47,20 @@ def _differences(manifest: dict[str, Any]) -> list[str]:
     return found
 
 
-def rebuild(folder: Path) -> dict[str, Any]:
-    """Builds the engine of an intact bundle again with this machine's runtime and completes its manifest; returns the engine's facts.
+def rebuild(folder: Path, console: Console) -> dict[str, Any]:
+    """Builds the engine of a bundle again with this machine's runtime and completes its manifest; returns the engine's facts.
 
-    Raises BackendError where the engine cannot be built here.
+    Everything but the engine must be intact. Raises BackendError where the engine cannot be built here; the bundle is then as it was.
     """
     import shutil
     import tempfile
 
     from edgekd import registry
-    from edgekd.bundle import engine_facts, write_facts, write_manifest
+    from edgekd.backends import watched
+    from edgekd.bundle import drop_built, engine_facts, write_facts, write_manifest
     from edgekd.profile.device import load_device
 
-    manifest = verify_files(folder)
+    manifest = verify_files(folder, rebuilding=True)
     facts, device = read_facts(folder, manifest), load_device(str(manifest["target"]))
     backend = registry.load("backend", str(manifest["backend"]))()
     if not backend.builds:
@@ -69,12 +74,18 @@ def rebuild(folder: Path) -> dict[str, Any]:
         copy, old = Path(scratch) / "new", Path(scratch) / "old"
         shutil.copytree(folder, copy)
         (copy / MANIFEST).unlink()
-        meta: dict[str, Any] = backend.convert(copy / facts["model_file"], device, copy, build["options"], batch=build["batch"])
+        drop_built(copy)
+        with watched(backend, console, backend.name):
+            meta: dict[str, Any] = backend.convert(copy / facts["model_file"], device, copy, build["options"], batch=build["batch"])
         write_facts(copy, facts | {"engine_file": meta["model_file"]})
         kept = {n: v for n, v in manifest.items() if n not in ("schema", "files", "digest")}
         write_manifest(copy, kept | {"engine": engine_facts(meta)})
         folder.rename(old)
-        copy.rename(folder)
+        try:
+            copy.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
     return meta
 
 
@@ -90,22 +101,58 @@ def _check_samples(folder: Path, facts: dict[str, Any]) -> str:
 
     with np.load(folder / SAMPLES) as stored:
         pixels, wanted = stored["pixels"], stored["outputs"]
-    found = _run(folder / facts["model_file"], facts, normalised(pixels, facts["preprocess"]))
+    found = _run(_opened(folder / facts["model_file"]), facts, normalised(pixels, facts["preprocess"]), len(pixels))
+    return _agreed(found, wanted, facts, "on this machine", folder)
+
+
+def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any]) -> str | None:
+    """Runs the sample images through the engine where its device is this machine; None for a bundle without one.
+
+    Raises BackendError for an engine that does not fit or open, ParityBroken where its answers differ.
+    """
+    from edgekd import registry
+    from edgekd.bundle import engine_of
+    from edgekd.profile.device import load_device
+
+    made = manifest.get("engine", {}).get("runtime")
+    if facts.get("engine_file") in (None, facts["model_file"]) or made not in registry.names("backend"):
+        return None
+    backend, device = registry.load("backend", made)(), load_device(str(manifest["target"]))
+    if (reason := backend.available()) is not None or not backend.runs_on(device):
+        return f"the engine was not opened: {reason or f'{device.id} is not this machine'}"
+    import numpy as np
+
+    from edgekd.data.normalise import normalised
+    from edgekd.profile.footprint import load_facts
+
+    with np.load(folder / SAMPLES) as stored:
+        images, wanted = normalised(stored["pixels"], facts["preprocess"]), stored["outputs"]
+    file, size = engine_of(folder, manifest, facts, backend, device), manifest["engine"].get("max_batch") or 1
+    feeds = {facts["input"]: np.resize(images, (facts["fixed_batch"] or min(size, len(images)), *images.shape[1:]))}
+    load_facts(file, made, device=device, feeds=feeds)  # first in a process of its own: a bad engine may end the one that opens it
+    found = _run(backend.open(file, threads=facts["threads"], device=device), facts, images, size)
+    return _agreed(found, wanted, facts, "the engine's", folder)
+
+
+def _agreed(found: Any, wanted: Any, facts: dict[str, Any], whose: str, folder: Path) -> str:
+    """In words; raises ParityBroken beyond the bundle's tolerance."""
+    import numpy as np
+
     alike, gap = float((found.argmax(1) == wanted.argmax(1)).mean()), float(np.abs(found - wanted).max())
     if not gap <= facts["tolerance"]:  # NaN is never inside
         raise ParityBroken(
-            f"on this machine outputs differ by up to {gap:.3g}, {1 - alike:.0%} of the samples get another label",
+            f"{whose} outputs differ by up to {gap:.3g}, {1 - alike:.0%} of the samples get another label",
             where=str(folder),
             expected=f"at most {facts['tolerance']:.3g}",
         )
     return f"{round(alike * len(found))} of {len(found)} sample images give the stored label, outputs within {gap:.2g}"
 
 
-def _run(file: Path, facts: dict[str, Any], images: Any) -> Any:
+def _run(session: Any, facts: dict[str, Any], images: Any, most: int) -> Any:
+    """Outputs of all images, at most `most` at a time."""
     import numpy as np
 
-    session = _opened(file)
-    size = facts["fixed_batch"] or len(images)
+    size = facts["fixed_batch"] or min(most, len(images))
     parts = [images[i : i + size] for i in range(0, len(images), size)]
     # A graph with a fixed batch has its last part filled up by repetition.
     return np.concatenate([session.run({facts["input"]: np.resize(p, (size, *p.shape[1:]))})[0][: len(p)] for p in parts])

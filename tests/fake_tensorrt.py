@@ -1,4 +1,4 @@
-"""A TensorRT with a GPU in main memory: an engine that sums its input, and says and times two layers. Its names are held against the real API.
+"""A TensorRT with a GPU in main memory: an engine that multiplies its first pixel, and says and times two layers. Its names are held against the API.
 
 `MODULE` stands for the imported bindings; bytes that start with `fake` are an engine, others are refused in TensorRT's own words.
 """
@@ -67,23 +67,23 @@ class IExecutionContext:
 
     def __init__(self) -> None:
         self._at: dict[str, int] = {}
-        self._batch = 0
+        self._shape: tuple[int, ...] = ()
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self._batch = shape[0]
+        self._shape = shape
         return len(shape) == 4
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self._batch, CLASSES)
+        return (self._shape[0], CLASSES)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._at[name] = address
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        first = np.ctypeslib.as_array(ctypes.cast(self._at[INPUT], ctypes.POINTER(ctypes.c_float)), (self._batch,))
-        out = np.ctypeslib.as_array(ctypes.cast(self._at[OUTPUT], ctypes.POINTER(ctypes.c_float)), (self._batch, CLASSES))
-        out[:] = first[:, None]
+        images = np.ctypeslib.as_array(ctypes.cast(self._at[INPUT], ctypes.POINTER(ctypes.c_float)), self._shape)
+        out = np.ctypeslib.as_array(ctypes.cast(self._at[OUTPUT], ctypes.POINTER(ctypes.c_float)), (self._shape[0], CLASSES))
+        out[:] = images[:, 0, 0, 0, None] * np.arange(CLASSES)
         for name, ms in TIMES_MS.items() if self.profiler is not None else ():
             self.profiler.report_layer_time(name, ms)
         return True
@@ -137,4 +137,5 @@ def on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0, synchronize=lambda: None))
     patch.setattr("edgekd.backends.tensorrt.TensorRT.runtime", lambda _: MODULE)
     patch.setattr("edgekd.backends.tensorrt.TensorRT.available", lambda _: None)
+    patch.setattr("edgekd.backends.tensorrt.TensorRT.version", lambda _: MODULE.__version__)
     patch.setattr("edgekd.backends.tensorrt.TensorRT.runs_on", lambda _, device: device.arch.gpu is not None)

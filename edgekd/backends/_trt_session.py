@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgekd.backends import Array, Feeds
 
 _WARMUP, _RUNS = 3, 20
-_AGAIN = "build it again on this machine: edgekd verify FOLDER --build, or python3 build.py in the bundle"
+_AGAIN = "build it again on the device: edgekd verify FOLDER --build, or python3 build.py in the bundle"
 _FLAWS = {  # what TensorRT says -> what it means; the words of 8 to 10 come from NVIDIA's issue tracker, those of RTX 1.7 from running it
     re.compile(r"header\.size == blobSize|cursor < blobSize"): "its file is cut short, or longer than what was built",
     re.compile(r"magicTag|magic tag|bufferSize >= minBufferSize|empty memory buffer"): "it is no engine of this runtime",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
-from edgekd.errors import BackendError, DeviceError, FileMissing, OnnxRefused, UsageError
+from edgekd.errors import BackendError, BundleRefused, DeviceError, FileMissing, OnnxRefused, UsageError
 
 if TYPE_CHECKING:
     from edgekd.backends import Feeds
@@ -27,15 +27,16 @@ def profile_model(
     from edgekd.safeio.onnxfile import check_onnx
 
     profile, file = load_device(device), model_file_of(model)
-    runtime = registry.load("backend", _backend_of(profile, backend))()
+    runtime = registry.load("backend", _backend_of(profile, backend, _built_with(model)))()
     _reachable(profile, runtime, via)
     feeds = inputs_of(check_onnx(file), batch, file)
     if runtime.builds:
-        raise BackendError(
-            f"{runtime.name} runs engines, and this is a graph", where=file.name, hint="measure it in a recipe: edgekd compress"
-        )
+        file = _engine_file(model, runtime, profile)
     if layers and not hasattr(runtime, "layers"):
         raise BackendError(f"{runtime.name} gives no time per operator", where="--layers", hint="--backend onnxruntime")
+    facts = load_facts(
+        file, runtime.name, device=profile, feeds=feeds, threads=threads
+    )  # first: a bad engine may end the process that opens it
     session = runtime.open(file, threads=threads, device=profile)
     samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
     session.close()
@@ -49,7 +50,6 @@ def profile_model(
         "measured": True,
         "protocol": PROTOCOL,
     }
-    facts = load_facts(file, runtime.name, device=profile, feeds=feeds, threads=threads)
     found |= {
         "latency_ms": samples.summary(),
         "size_bytes": facts["file_bytes"],
@@ -69,7 +69,25 @@ def model_file_of(model: Path) -> Path:
         return model / str(read_facts(model, verify_files(model))["model_file"])
     if not model.is_file():
         raise FileMissing("there is no such model", where=str(model), expected="an ONNX file or a bundle")
+    if model.suffix == ".engine":
+        raise BundleRefused(
+            "an engine alone is not opened: it is code, and only a manifest says whose", where=str(model), expected="its bundle"
+        )
     return model
+
+
+def _engine_file(model: Path, runtime: Any, profile: DeviceProfile) -> Path:
+    """The engine of a bundle: an engine file alone is code of unknown origin, and is never opened."""
+    from edgekd.bundle import engine_of, read_facts, read_manifest
+
+    if not model.is_dir():
+        raise BackendError(
+            f"{runtime.name} runs engines, and this is a graph",
+            where=model.name,
+            hint="measure it in a recipe: edgekd compress, or a bundle",
+        )
+    manifest = read_manifest(model)
+    return engine_of(model, manifest, read_facts(model, manifest), runtime, profile)
 
 
 def inputs_of(proto: Any, batch: int, file: Path) -> Feeds:
@@ -93,11 +111,23 @@ def inputs_of(proto: Any, batch: int, file: Path) -> Feeds:
     return feeds
 
 
-def _backend_of(profile: DeviceProfile, name: str) -> str:
+def _built_with(model: Path) -> str | None:
+    """The runtime of a bundle's engine."""
+    from edgekd.bundle import read_facts, read_manifest
+
+    if not model.is_dir():
+        return None
+    manifest = read_manifest(model)
+    facts, made = read_facts(model, manifest), manifest.get("engine", {}).get("runtime")
+    return str(made) if facts.get("engine_file") not in (None, facts["model_file"]) else None
+
+
+def _backend_of(profile: DeviceProfile, name: str, built_with: str | None) -> str:
     if name != "auto":
         registry.load("backend", name)
         return name
-    found = next((r.name for r in profile.runtimes if r.name in registry.names("backend")), None)
+    names = [r.name for r in profile.runtimes if r.name in registry.names("backend")]
+    found = built_with if built_with in names else next(iter(names), None)
     if found is None:
         raise BackendError(
             f"edgekd has no backend for '{profile.id}'", where=profile.id, hint=f"edgekd predict MODEL --device {profile.id}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from edgekd.console import Console
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
@@ -79,7 +80,7 @@ class Preflight:
             if probe.stage == "distill":
                 with _named(probe.name):
                     _distil_once(probe, student, spec, inputs["teacher"], dataset, task_of(settings))
-        built = _build_all(config, _pruned(config, student, spec, dataset, settings), spec)
+        built = _build_all(config, _pruned(config, student, spec, dataset, settings), spec, ctx.console)
         write_decision(out, {"built": built})
         return {"built": built}
 
@@ -145,10 +146,11 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
             raise TrainingDiverged(f"the gradient of '{name}' is not finite on the first batch", expected="finite gradients")
 
 
-def _build_all(config: Any, model: nn.Module, spec: ModelSpec) -> list[str]:
+def _build_all(config: Any, model: nn.Module, spec: ModelSpec, console: Console) -> list[str]:
     """Exported, quantized, built and run; returns what was built, in words."""
     import numpy as np
 
+    from edgekd.backends import watched
     from edgekd.export.onnx import INPUT, export_onnx
     from edgekd.profile.device import load_device
 
@@ -166,7 +168,8 @@ def _build_all(config: Any, model: nn.Module, spec: ModelSpec) -> list[str]:
                 quantized = _quantized(probes, model, spec, graph, images[: fixed or _BATCH], device.flavour_for(place.backend))
                 for name, file in [("fp32", graph), *quantized]:
                     target = Path(tempfile.mkdtemp(dir=folder))
-                    meta = backend.convert(file, device, target, place.options, batch=place.batch)
+                    with watched(backend, console, f"{place.backend} {name}"):
+                        meta = backend.convert(file, device, target, place.options, batch=place.batch)
                     if place.runs:
                         few = {INPUT: images[: fixed or min(_BATCH, meta.get("max_batch") or _BATCH)]}
                         backend.open(target / meta["model_file"], threads=place.threads, device=device).run(few)
