@@ -1,6 +1,7 @@
 """A TensorRT with a GPU in main memory: an engine that multiplies its first pixel, and says and times two layers. Its names are held against the API.
 
-`MODULE` stands for the imported bindings; bytes that start with `fake` are an engine, others are refused in TensorRT's own words.
+`MODULE` stands for the imported bindings; bytes that start with `fake` are an engine, with `lean` in them a version-compatible one, which holds host
+code. Others are refused in TensorRT's own words.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Runtime:
         self._logger = logger
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
-        if serialized_engine[:4] == b"fake":
+        if serialized_engine[:4] == b"fake" and (self.engine_host_code_allowed or b"lean" not in serialized_engine):
             return ICudaEngine()
         self._logger.log(ILogger.ERROR, REFUSALS.get(serialized_engine[:4], "something else"))
         return None

@@ -60,6 +60,11 @@ def test_an_engine_runs_refuses_wrong_inputs_and_closes(gpu: None, engine: Path)
         session.run({INPUT: X})
 
 
+def test_a_version_compatible_engine_may_bring_its_own_runtime(gpu: None, engine: Path) -> None:
+    engine.write_bytes(b"fake engine and a lean runtime")
+    assert TensorRT().open(engine, threads=1, device=JETSON).output_names == [OUTPUT]
+
+
 def test_layers_have_their_times_types_precisions_and_formats(gpu: None, engine: Path) -> None:
     conv, head = TensorRT().layers(engine, {INPUT: X}, 1, JETSON)
     assert (conv.name, conv.op_type, conv.precision) == ("conv + relu", "CaskConvolution", "fp32 -> int8")
