@@ -66,7 +66,7 @@ class Options:
     require_measured: bool = False
     allow_download: bool = False
     replay: Path | None = None  # a run folder or decisions.json
-    command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
+    command: Sequence[str] = field(default_factory=lambda: ("edgekd", *sys.argv[1:]))
 
 
 def compress(recipe: str, options: Options | None = None, *, console: Console | None = None, store: Store | None = None) -> dict[str, Any]:
@@ -303,14 +303,16 @@ def environment() -> dict[str, Any]:
     """Versions and machine, for the report; nothing that names the user."""
     import platform
 
+    from edgekd import registry
     from edgekd.plan import library_version
     from edgekd.profile.host import identity
 
-    names = ("edgekd", "torch", "timm", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
+    names = ("edgekd", "torch", "timm", "onnx", "numpy")
     return {
         "python": platform.python_version(),
         "machine": identity(),
         "libraries": {n: v for n in names if (v := library_version(n)) != "absent"},
+        "runtimes": {n: v for n in registry.names("backend") if (v := registry.load("backend", n)().version()) != "none"},
     }
 
 

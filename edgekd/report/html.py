@@ -131,7 +131,7 @@ def _tiles(run: Run) -> list[str]:
 def _tile(name: str, figure: str, before: str, after: str) -> str:
     if after == text.NONE:
         return ""
-    change = after if before == text.NONE else f"{before} → {after}"
+    change = f"{before} → {after}" if before != text.NONE else after if figure not in ("", after) else ""
     return f'<div class="tile"><small>{_e(name)}</small><b>{_e(figure or after)}</b><small>{_e(change)}</small></div>'
 
 

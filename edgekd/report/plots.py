@@ -17,6 +17,7 @@ Figure = dict[str, Any]  # {"data": [...], "layout": {...}}
 
 MAX_CONFUSION_CLASSES = 100
 _MAX_COUNTED_CLASSES = 20  # beyond this the counts do not fit into their cells
+_FLAT = 0.02  # of a metric: least height of the chart's axis
 _MAX_CURVE_POINTS = 2000
 _MAX_LABEL_CHARS = 40
 _BLUE, _ORANGE, _GREEN = "#3b82c4", "#d97706", "#2a9d6f"  # all six can be read on white and on black
@@ -46,6 +47,9 @@ def tradeoff(run: dict[str, Any]) -> Figure | None:
     layout = _layout(480, "p50 latency, ms (log scale)", str(points[0]["unit"]))
     layout["xaxis"] |= {"type": "log", "range": [low, high], "tickvals": _decade_ticks(low, high)}
     layout["yaxis"] |= {"tickformat": ".1%"}
+    drawn = [p["drawn"] for p in points]
+    if max(drawn) - min(drawn) < _FLAT:  # by itself the axis of one value would reach from -30 to 150 %
+        layout["yaxis"] |= {"range": [min(drawn) - _FLAT, max(drawn) + _FLAT]}
     layout["legend"] |= {"y": 1.06}  # above the budget's label
     layout |= {"shapes": [], "annotations": _names(points, (low + high) / 2)}
     _budget_lines(layout, run)

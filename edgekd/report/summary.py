@@ -244,7 +244,7 @@ def _target_row(target: dict[str, Any]) -> TargetRow:
         metric=text.percent(target.get("metric")),
         size=text.size(target.get("size_bytes")),
         budget=budget or text.NONE,
-        verdict=_BUDGET_WORDS.get(target.get("budget_met"), "unknown" if budget else "no budget"),  # type: ignore[arg-type]
+        verdict=_BUDGET_WORDS.get(target.get("budget_met"), "unknown") if budget else "no budget",  # type: ignore[arg-type]
         reason=_cell(target.get("reason")),
         bundle=_cell(target.get("bundle")),
     )

@@ -739,3 +739,18 @@ def test_each_operator_stands_in_the_report_with_what_it_alone_costs_and_gains()
     shown = Page(render(make_run())).section("Sensitivity of operators")
     for words in ("quantize@host.onnxruntime.searched: 2 of 3 operators", "0.912x [0.905, 0.920]", "-0.20", "1.30 %", "[b]conv[/b]<1>"):
         assert words in shown
+
+
+def test_a_chart_of_models_that_are_alike_keeps_its_axis_narrow() -> None:
+    run = make_run()
+    for item in (run["teacher"], *run["stages"], *run["targets"], *run["baselines"]):
+        item["metric"] = 0.66
+    run["accept"] = {}
+    low, high = plots.tradeoff(run)["layout"]["yaxis"]["range"]  # type: ignore[index]
+    assert 0.6 < low < 0.66 < high < 0.72
+
+
+def test_a_target_without_a_budget_has_met_nothing() -> None:
+    run = make_run()
+    run["targets"][0]["budget"] = {}
+    assert [row.verdict for row in target_rows(run)][0] == "no budget"
