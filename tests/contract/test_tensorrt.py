@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import timm
 import torch
 
 from edgekd.artifact import digest_of
@@ -24,25 +23,9 @@ from edgekd.errors import BackendError
 from edgekd.export.onnx import INPUT, OUTPUT, export_onnx
 from edgekd.profile.device import load_device
 from edgekd.profile.host import driver
-from edgekd.quantize.fp16 import FP16
 from edgekd.quantize.ptq import PTQ
 from edgekd.registry import load
 
-SIZE = 64
-FAMILIES: dict[str, dict[str, Any]] = {  # one of each kind of block, with few of them: the full families are a matter of the long tier
-    "resnet10t": {},
-    "mobilenetv3_small_050": {},
-    "convnext_atto": {"depths": (1, 1, 1, 1)},
-    "vit_tiny_patch16_224": {"img_size": SIZE, "depth": 2},
-    "mixer_s32_224": {"img_size": SIZE},
-    "swin_tiny_patch4_window7_224": {
-        "img_size": SIZE,
-        "window_size": 4,
-        "depths": (1, 1, 2, 1),
-        "embed_dim": 24,
-        "num_heads": (1, 2, 3, 4),
-    },
-}
 RTX = load_device("rtx4090")
 TEMPLATE = Path(sys.modules["edgekd"].__file__ or "").parent / "templates" / "build.py"
 
@@ -81,17 +64,6 @@ class Builder(rtx.Builder):
 pytestmark = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
 
 
-IN_EVERY_PRECISION = ("resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224")  # of the others int8 and fp16 are in the long tier
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp(request.param) / "model.onnx"
-    export_onnx(timm.create_model(request.param, num_classes=10, **FAMILIES[request.param]).eval(), SIZE, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
@@ -110,35 +82,10 @@ def build(graph: Path, out: Path, **options: Any) -> dict[str, Any]:
     return TensorRTForRTX().convert(graph, RTX, out, options)
 
 
-def test_every_family_builds_into_an_engine(exported: Path, tmp_path: Path) -> None:
-    built(exported, "fp32", tmp_path)
-
-
-@pytest.mark.parametrize("precision", ["int8", "fp16"])
-@pytest.mark.parametrize("exported", IN_EVERY_PRECISION, indirect=True)
-def test_rounded_graphs_build_into_engines(exported: Path, precision: str, tmp_path: Path) -> None:
-    built(exported, precision, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["int8", "fp16"])
-@pytest.mark.parametrize("exported", sorted(set(FAMILIES) - set(IN_EVERY_PRECISION)), indirect=True)
-def test_rounded_graphs_of_the_other_families_build_into_engines(exported: Path, precision: str, tmp_path: Path) -> None:
-    built(exported, precision, tmp_path)
-
-
-def built(exported: Path, precision: str, tmp_path: Path) -> None:
-    graph = tmp_path / "graph.onnx"
-    if precision == "int8":
-        PTQ(PTQ.Config()).quantize(exported, graph, batches(SIZE), RTX.flavour_for("tensorrt_rtx"))
-    elif precision == "fp16":
-        FP16(FP16.Config()).quantize(exported, graph, iter([]), "s8s8")
-    else:
-        shutil.copyfile(exported, graph)
-    meta = build(graph, tmp_path / "engine")
-    engine = tmp_path / "engine" / meta["model_file"]
-    assert engine.stat().st_size > 50_000
-    assert (meta["compute_capability"], meta["shapes"][INPUT]) == ("8.9", [[1, 3, SIZE, SIZE], [1, 3, SIZE, SIZE], [32, 3, SIZE, SIZE]])
+def test_an_engine_says_for_what_it_was_built(tiny: Path, tmp_path: Path) -> None:
+    meta = build(tiny, tmp_path / "engine")
+    assert (tmp_path / "engine" / meta["model_file"]).stat().st_size > 10_000
+    assert (meta["compute_capability"], meta["shapes"][INPUT]) == ("8.9", [[1, 3, 16, 16], [1, 3, 16, 16], [32, 3, 16, 16]])
 
 
 def test_a_graph_quantized_for_x86_is_refused_with_its_node_and_what_to_do(tiny: Path, tmp_path: Path) -> None:

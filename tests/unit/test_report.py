@@ -753,4 +753,4 @@ def test_a_chart_of_models_that_are_alike_keeps_its_axis_narrow() -> None:
 def test_a_target_without_a_budget_has_met_nothing() -> None:
     run = make_run()
     run["targets"][0]["budget"] = {}
-    assert [row.verdict for row in target_rows(run)][0] == "no budget"
+    assert next(row.verdict for row in target_rows(run)) == "no budget"
