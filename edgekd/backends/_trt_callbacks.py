@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import sys
 from collections import defaultdict, deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +17,22 @@ _NO_DRIVER = re.compile(r"cudaError 35|insufficient for CUDA runtime")
 _NOISE = re.compile(rf"catchCudaError|{_NO_DRIVER.pattern}|--- (Begin|End) node ---|^Node name:")
 _PLACES = re.compile(r"\.?\s*In \w+ at /_src\S+|^.*?Error Code \d+: |^API Usage Error \(|\[\w+\.cpp:[^\]]*\]\s*")
 _KEPT = 100  # messages: a session may live for hours
+
+
+@contextmanager
+def stdout_for_data() -> Iterator[None]:
+    """Keeps what the builder's C++ prints past its logger off this process's stdout, which a program may be reading."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)  # what C still holds would come out behind the return
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 @cache

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from edgekd.backends import asked, version_of
 from edgekd.backends._timing import TimingCache
-from edgekd.backends._trt_callbacks import first_reason, log_of, monitor_of
+from edgekd.backends._trt_callbacks import first_reason, log_of, monitor_of, stdout_for_data
 from edgekd.backends._trt_session import TrtSession
 from edgekd.config import Config
 from edgekd.errors import BackendError
@@ -176,7 +176,10 @@ class TensorRT:
 def _built(builder: Any, network: Any, config: Any, monitor: Any) -> Any:
     """The serialized engine, or None; the monitor ends the build where a signal ends the wait."""
     config.progress_monitor = monitor
-    with ThreadPoolExecutor(1) as pool:  # an exception of a signal must not be raised in a callback, below the builder's C++
+    with (
+        stdout_for_data(),
+        ThreadPoolExecutor(1) as pool,
+    ):  # an exception of a signal must not be raised in a callback, below the builder's C++
         built = pool.submit(builder.build_serialized_network, network, config)
         try:
             return built.result()

@@ -23,6 +23,7 @@ from edgekd.errors import BackendError
 from edgekd.export.onnx import INPUT, OUTPUT, export_onnx
 from edgekd.profile.device import load_device
 from edgekd.profile.host import driver
+from edgekd.quantize.fp16 import FP16
 from edgekd.quantize.ptq import PTQ
 from edgekd.registry import load
 
@@ -286,3 +287,23 @@ def test_build_py_applies_every_option_of_the_backend() -> None:
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
 def test_both_backends_are_listed(name: str) -> None:
     assert load("backend", name).name == name
+
+
+class Normalized(torch.nn.Module):
+    """Divides by at least 1e-12, which fp16 cannot hold: the builder prints a warning of its own about that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8 * 36, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.linear(torch.nn.functional.normalize(self.conv(x).flatten(1), dim=1))
+        return scores
+
+
+def test_what_the_builder_prints_stays_off_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export_onnx(Normalized().eval(), 8, tmp_path / "fp32.onnx")
+    FP16(FP16.Config()).quantize(tmp_path / "fp32.onnx", tmp_path / "fp16.onnx", iter([]), "s8s8")
+    build(tmp_path / "fp16.onnx", tmp_path / "engine")
+    print("data")
+    assert capfd.readouterr().out == "data\n"
