@@ -270,8 +270,10 @@ def test_weights_that_are_not_there_are_not_trained_from_scratch(photos: Path, t
 def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result, tmp_path: Path) -> None:
     from edgekd.bundle import MANIFEST, write_manifest
 
-    for name, words in (("../../x.onnx", "is not in the manifest"), ("bundle.json", "")):
+    names = {"../../x.onnx": "is not in the manifest", "bundle.json": "", "model.ort": "files in ORT format are not read"}
+    for name, words in names.items():
         bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / name.replace("/", "_")))
+        shutil.copyfile(bundle / "model.onnx", bundle / "model.ort")  # a sound graph, of which onnxruntime would read something else
         facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name}
         (bundle / "bundle.json").write_text(json.dumps(facts))
         manifest = json.loads((bundle / MANIFEST).read_text())
