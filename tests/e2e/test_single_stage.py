@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support import REPOSITORY, Result, run_here, write_images
+from tests.support import REPOSITORY, Result, run_here, write_images, write_keys
 
 RESNET_CIFAR = REPOSITORY / "recipes" / "cifar10" / "resnet_cifar.py"
 
@@ -283,6 +283,21 @@ def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result
         assert result.code == 3, result.text  # refused as a bundle, or as an ONNX file before any runtime opens it
         assert words in result.err
         assert "onnxruntime" not in result.err
+
+
+def test_a_bundle_is_signed_and_verified_and_verify_says_when_it_did_not_look_at_the_signature(exported: Result, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="pip install 'edgekd[sign]'")
+    bundle, (key, public) = Path(shutil.copytree(bundle_of(exported), tmp_path / "b")), write_keys(tmp_path / "keys")
+    verified = ("verify", bundle, "--json")
+    assert run_here(*verified).json()["signature"] is None
+    refused = run_here(*verified, "--signed-by", public)
+    assert (refused.code, refused.json()["error"]["code"]) == (3, "bundle")
+    assert run_here("sign", bundle, "--key", key, "--json").json() == {"bundle": str(bundle), "signature": str(bundle / "manifest.sig")}
+    assert run_here(*verified).json()["signature"] == "signed, not checked: give --signed-by PUBLIC.pem"
+    passed = run_here("verify", bundle, "--signed-by", public)
+    assert (passed.code, f"signed by the private half of {public}" in passed.err) == (0, True)
+    for more in (("--build",), ("--against", bundle)):
+        assert run_here("verify", bundle, "--signed-by", public, *more).code == 2
 
 
 def test_verify_fails_where_outputs_differ_even_if_the_labels_agree(exported: Result, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 
 from edgekd.backends.openvino import OpenVino
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
+from edgekd.bundle import SIGNATURE
 from tests.support import Result, run_here, write_images
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -75,8 +76,11 @@ def test_a_target_that_is_not_here_gets_a_really_built_engine_and_no_measured_fi
     assert all(p.dtype == np.int8 and not p.any() for p in points)
     assert run_here("verify", bundle).code == 0
     before = json.loads((bundle / "manifest.json").read_text())
+    (bundle / SIGNATURE).write_bytes(bytes(64))
     again = run_here("verify", bundle, "--build", "--json")
     assert (again.code, again.json()["differs"]) == (0, []), again.err
+    assert again.json()["signature"].startswith("removed")
+    assert not (bundle / SIGNATURE).exists()
     after = json.loads((bundle / "manifest.json").read_text())
     assert after["engine"] == before["engine"]
     assert {n for n, entry in after["files"].items() if entry != before["files"].get(n)} <= {
