@@ -121,7 +121,7 @@ def engine_of(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any
             f"its engine was built for {target}", where=str(folder), expected=f"one for {device.id}", hint=f"--device {target}"
         )
     version, lasting = made.get("version"), made.get("options", {}).get("version_compatible", False)
-    if version != backend.version() and not lasting:
+    if version != backend.version() and backend.builds and not lasting:  # others read files of other versions, or say that they do not
         raise BackendError(
             f"its engine was built with {backend.name} {version}",
             where=str(folder),
@@ -132,11 +132,16 @@ def engine_of(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any
 
 
 def read_facts(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """bundle.json, whose model file is one of the bundle's own: a bundle can come from anyone. Raises BundleRefused."""
+    """bundle.json, whose model file is one of the bundle's own and its only graph: a bundle can come from anyone. Raises BundleRefused."""
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if facts.get("model_file") not in manifest["files"]:
         raise BundleRefused(
             f"its model file '{facts.get('model_file')}' is not in the manifest", where=str(folder), expected="a file of the bundle"
+        )
+    engine = str(facts.get("engine_file", facts["model_file"]))
+    if engine.endswith(".onnx") and engine != facts["model_file"]:  # which is the one that is checked before a runtime opens it
+        raise BundleRefused(
+            f"its engine '{engine}' is another graph than its model", where=str(folder), expected=f"'{facts['model_file']}'"
         )
     return facts
 

@@ -64,7 +64,7 @@ class OnnxRuntime:
     """Runs ONNX files as they are, on the CPU or, where the device's profile asks for it, on CUDA."""
 
     name = "onnxruntime"
-    suffix = ".onnx"
+    suffix = ".ort"
     builds = False
 
     class Options(Config):

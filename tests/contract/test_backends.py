@@ -82,7 +82,7 @@ def test_converted_engine_opens_and_computes_the_graph(name: str, graph: Path, t
     backend = _usable(name)
     engine = _engine(backend, graph, tmp_path)
     session = backend.open(engine, threads=1, device=HOST)
-    assert engine.suffix == backend.suffix
+    assert engine.suffix == (backend.suffix if backend.builds else ".onnx")
     assert (session.input_names, session.output_names) == (["x"], ["y"])
     (y,) = session.run({"x": X})
     np.testing.assert_allclose(y, np.maximum(X @ np.ones((12, 3), np.float32), 0), rtol=1e-3)

@@ -274,7 +274,7 @@ def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result
     for name, words in names.items():
         bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / name.replace("/", "_")))
         shutil.copyfile(bundle / "model.onnx", bundle / "model.ort")  # a sound graph, of which onnxruntime would read something else
-        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name}
+        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name, "engine_file": name}
         (bundle / "bundle.json").write_text(json.dumps(facts))
         manifest = json.loads((bundle / MANIFEST).read_text())
         (bundle / MANIFEST).unlink()
@@ -283,6 +283,21 @@ def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result
         assert result.code == 3, result.text  # refused as a bundle, or as an ONNX file before any runtime opens it
         assert words in result.err
         assert "onnxruntime" not in result.err
+
+
+def test_verify_opens_no_graph_as_an_engine_that_nobody_checked(exported: Result, tmp_path: Path) -> None:
+    from edgekd.bundle import MANIFEST, write_manifest
+
+    bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / "b"))
+    (bundle / "other.onnx").write_bytes(b"not read by anyone")
+    facts = json.loads((bundle / "bundle.json").read_text()) | {"engine_file": "other.onnx"}
+    (bundle / "bundle.json").write_text(json.dumps(facts))
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).unlink()
+    write_manifest(bundle, {k: v for k, v in manifest.items() if k not in ("schema", "files", "digest")})
+    for command in (("verify", bundle), ("profile", bundle)):
+        result = run_here(*command)
+        assert (result.code, "its engine 'other.onnx' is another graph than its model" in result.err) == (3, True), result.text
 
 
 def test_a_bundle_is_signed_and_verified_and_verify_says_when_it_did_not_look_at_the_signature(exported: Result, tmp_path: Path) -> None:

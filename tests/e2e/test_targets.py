@@ -134,9 +134,12 @@ def test_a_target_in_ort_format_ships_the_file_and_its_operators_beside_the_grap
     assert ("ONNX int8 -&gt; ORT format" in (tmp_path / "run" / "report.html").read_text()) == (
         device == "host"
     )  # of rpi5 nothing runs here
-    assert run_here("verify", bundle).code == 0
-    for command in (("profile", "--seconds", "0.2"), ("predict", "--device", "rpi5")):
-        assert run_here(command[0], bundle, *command[1:]).code == 0  # of the graph
+    said = run_here("verify", bundle, "--json").json()["engine"]
+    assert ("sample images give the stored label" if device == "host" else "the engine was not opened: rpi5 is not this machine") in said
+    measured = run_here("profile", bundle, "--seconds", "0.2", "--json").json()
+    assert measured["size_bytes"] == (bundle / ("model.ort" if device == "host" else "model.onnx")).stat().st_size
+    assert run_here("predict", bundle, "--device", "rpi5").code == 0
+    for command in (("profile", "--device", "host"), ("predict", "--device", "rpi5")):
         refused = run_here(command[0], bundle / "model.ort", *command[1:])
         assert (refused.code, "files in ORT format are not read" in refused.err) == (3, True)
     said = subprocess.run([sys.executable, bundle / "predict.py", photos], capture_output=True, text=True, check=True)
