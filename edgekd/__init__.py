@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgekd.api import Options, check, compress, import_checkpoint, plan, predict, profile, show, verify
+    from edgekd.api import Options, check, compress, import_checkpoint, plan, predict, profile, show, sign, verify
     from edgekd.registry import register
 
-__all__ = ["Options", "check", "compress", "import_checkpoint", "plan", "predict", "profile", "register", "show", "verify"]
+__all__ = ["Options", "check", "compress", "import_checkpoint", "plan", "predict", "profile", "register", "show", "sign", "verify"]
 __version__ = "0.1.0"
 
 

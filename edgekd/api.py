@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ __all__ = [
     "show",
     "show_device",
     "show_method",
+    "sign",
     "store_gc",
     "store_rows",
     "store_verify",
@@ -210,19 +211,31 @@ def predict(model: Path, device: str, *, threads: int = 1, batch: int = 1) -> di
     return predict_graph(model_file_of(model), load_device(device), threads=threads, batch=batch).as_dict()
 
 
-def verify(bundle: Path, *, against: Path | None = None, build: bool = False, console: Console | None = None) -> dict[str, Any]:
+def sign(bundle: Path, key: Path, *, password: Callable[[], str] | None = None) -> dict[str, Any]:
+    """Signs an intact bundle with the user's own Ed25519 key (PEM): manifest.sig. `password` is asked where the key is encrypted."""
+    from edgekd.signature import sign as sign_bundle
+
+    return {"bundle": str(bundle), "signature": str(sign_bundle(bundle, key, password))}
+
+
+def verify(
+    bundle: Path, *, against: Path | None = None, build: bool = False, signed_by: Path | None = None, console: Console | None = None
+) -> dict[str, Any]:
     """Checks a bundle: every file's hash, its sample outputs on this machine's onnxruntime and by its engine where those run here, and what differs.
 
-    With `build`, its engine is first built again by this machine's runtime.
+    With `signed_by`, a public key in PEM, it must carry a signature by that key. With `build`, its engine is first built again by this
+    machine's runtime, and a signature removed.
 
     With `against`, compares two ONNX files or bundles of one model instead; raises ParityBroken that names the first node that breaks.
     """
     from edgekd.console import Console as RealConsole
     from edgekd.verify import rebuild, verify_against, verify_bundle
 
-    if build:
-        rebuild(bundle, console or RealConsole(quiet=True))
-    return verify_bundle(bundle) if against is None else verify_against(bundle, against)
+    if against is not None:
+        return verify_against(bundle, against)
+    unsigned = build and rebuild(bundle, console or RealConsole(quiet=True))["unsigned"]
+    found = verify_bundle(bundle, signed_by=signed_by)
+    return found | {"signature": "removed: the manifest changed with the engine; sign it again"} if unsigned else found
 
 
 def examine() -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgekd.profile.schema import DeviceProfile
 
 MANIFEST, FACTS, SAMPLES = "manifest.json", "bundle.json", "samples.npz"
+SIGNATURE, _SIGNATURE_BYTES = "manifest.sig", 64  # the one file that the manifest does not cover: it covers the manifest
 _ENGINE_FACTS = (
     "runtime",
     "version",
@@ -34,14 +35,15 @@ _BUILD = "build it again on the device: edgekd verify {folder} --build, or pytho
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Adds manifest.json: size and SHA-256 of every file of the folder, with `facts` about where it comes from."""
+    """Adds manifest.json: size and SHA-256 of every file of the folder, with `facts` about where it comes from. A signature of an older one goes."""
+    (folder / SIGNATURE).unlink(missing_ok=True)
     files = {
         p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)}
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
     body = {"schema": "edgekd.bundle/1", "files": files, **facts}
-    write_synced(folder / MANIFEST, _encoded(body))
+    write_synced(folder / MANIFEST, manifest_bytes(body))
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -70,7 +72,7 @@ def verify_files(folder: Path, *, rebuilding: bool = False) -> dict[str, Any]:
         elif not any(path.iterdir()):
             raise BundleRefused(f"'{name}' is an empty folder", where=str(folder), expected="exactly the files of the manifest", hint=_HINT)
     wanted: dict[str, Any] = body["files"]
-    for what, names in (("missing", set(wanted) - set(here)), ("not in the manifest", set(here) - set(wanted) - {MANIFEST})):
+    for what, names in (("missing", set(wanted) - set(here)), ("not in the manifest", set(here) - set(wanted) - {MANIFEST, SIGNATURE})):
         if names := {n for n in names if not (rebuilding and n.endswith(_BUILT))}:
             raise BundleRefused(
                 f"{what}: {', '.join(sorted(names)[:5])}",
@@ -78,6 +80,13 @@ def verify_files(folder: Path, *, rebuilding: bool = False) -> dict[str, Any]:
                 expected="exactly the files of the manifest",
                 hint=_way_out(folder, names),
             )
+    if SIGNATURE in here and here[SIGNATURE].stat().st_size != _SIGNATURE_BYTES:
+        raise BundleRefused(
+            f"'{SIGNATURE}' is no signature",
+            where=str(folder),
+            expected=f"{_SIGNATURE_BYTES} bytes",
+            hint="remove it, or copy the bundle again",
+        )
     for name, entry in wanted.items():
         if rebuilding and name.endswith(_BUILT):
             continue
@@ -112,7 +121,7 @@ def engine_of(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any
             f"its engine was built for {target}", where=str(folder), expected=f"one for {device.id}", hint=f"--device {target}"
         )
     version, lasting = made.get("version"), made.get("options", {}).get("version_compatible", False)
-    if version != backend.version() and not lasting:
+    if version != backend.version() and backend.builds and not lasting:  # others read files of other versions, or say that they do not
         raise BackendError(
             f"its engine was built with {backend.name} {version}",
             where=str(folder),
@@ -123,11 +132,16 @@ def engine_of(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any
 
 
 def read_facts(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """bundle.json, whose model file is one of the bundle's own: a bundle can come from anyone. Raises BundleRefused."""
+    """bundle.json, whose model file is one of the bundle's own and its only graph: a bundle can come from anyone. Raises BundleRefused."""
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if facts.get("model_file") not in manifest["files"]:
         raise BundleRefused(
             f"its model file '{facts.get('model_file')}' is not in the manifest", where=str(folder), expected="a file of the bundle"
+        )
+    engine = str(facts.get("engine_file", facts["model_file"]))
+    if engine.endswith(".onnx") and engine != facts["model_file"]:  # which is the one that is checked before a runtime opens it
+        raise BundleRefused(
+            f"its engine '{engine}' is another graph than its model", where=str(folder), expected=f"'{facts['model_file']}'"
         )
     return facts
 
@@ -141,7 +155,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         body: dict[str, Any] = json.loads(raw)
         digest = body.pop("digest")
-        intact = len(raw) <= _MAX_MANIFEST_BYTES and digest == digest_of(body) and raw == _encoded(body)
+        intact = len(raw) <= _MAX_MANIFEST_BYTES and digest == digest_of(body) and raw == manifest_bytes(body)
         names = [str(n) for n in body["files"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact, names = False, []
@@ -150,5 +164,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return body
 
 
-def _encoded(body: dict[str, Any]) -> bytes:
-    return json.dumps(body | {"digest": digest_of(body)}, sort_keys=True, indent=1, ensure_ascii=True).encode() + b"\n"
+def manifest_bytes(body: Mapping[str, Any]) -> bytes:
+    """The exact bytes of manifest.json, from what `verify_files` gave."""
+    return json.dumps({**body, "digest": digest_of(body)}, sort_keys=True, indent=1, ensure_ascii=True).encode() + b"\n"

@@ -463,27 +463,55 @@ def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx")],
     against: Annotated[Path | None, typer.Option(metavar="BUNDLE|MODEL.onnx", help="Another form of the same model.")] = None,
     build: Annotated[bool, typer.Option("--build", help="Build the bundle's engine again with this machine's runtime.")] = False,
+    signed_by: Annotated[
+        Path | None, typer.Option(metavar="PUBLIC.pem", help="The bundle must be signed by this key's private half.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Check a bundle: every byte and its sample outputs; or one form of a model against another, down to the node."""
+    """Check a bundle: every byte, its signature and its sample outputs; or one form of a model against another, down to the node."""
     from edgekd.api import verify as check_bundle
 
     if build and against is not None:
         raise UsageError("--build and --against do not go together", hint="edgekd verify BUNDLE --build")
+    if signed_by is not None and (build or against is not None):
+        raise UsageError(
+            f"--signed-by and {'--build' if build else '--against'} do not go together", hint="check the signature first, alone"
+        )
     console = Console(json_mode=json)
-    found = check_bundle(bundle, against=against, build=build, console=console)
+    found = check_bundle(bundle, against=against, build=build, signed_by=signed_by, console=console)
     if json:
         console.json(found)
     elif against is None:
         console.data(f"{bundle}: {found['files']} files as in the manifest; {found['samples']}")
         if found["engine"]:
             console.data(f"engine: {found['engine']}")
+        if found["signature"]:
+            console.say(f"signature: {found['signature']}")
         for line in found["differs"]:
             console.say(f"differs here: {line}")
     else:
         shown = ("rung", "max_abs", "mean_abs", "cosine", "agreement", "threshold")
         console.table([{n: f"{v:.4g}" if isinstance(v := row[n], float) else v for n in shown} for row in found["rungs"]], shown)
         console.say(f"{found['samples']} inputs: {found['source']}")
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")],
+    key: Annotated[Path, typer.Option(metavar="KEY.pem", help="Your own Ed25519 key: openssl genpkey -algorithm ed25519 -out KEY.pem")],
+    json: Json = False,
+) -> None:
+    """Sign a bundle with your own key, for edgekd verify BUNDLE --signed-by PUBLIC.pem."""
+    from edgekd.api import sign as sign_bundle
+
+    found = sign_bundle(bundle, key, password=_password)
+    Console(json_mode=json).json(found) if json else Console().data(f"{found['signature']}: signs every byte of {bundle}")
+
+
+def _password() -> str:
+    if not sys.stdin.isatty():
+        raise UsageError("the key is encrypted, and there is no terminal to ask for its password", where="--key")
+    return str(typer.prompt("Password of the key", hide_input=True, err=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ lists

@@ -106,6 +106,11 @@ class Target:
     rivals: tuple[str, ...] = ()  # runtimes of this machine that are measured against each other, the first of them is `backend`
 
     @property
+    def threads(self) -> int:
+        """Of its runtime: as asked for, else one a core of the profile."""
+        return self.config.threads or self.device.arch.cores or 1
+
+    @property
     def raced(self) -> bool:
         return len(self.rivals) > 1
 
@@ -320,7 +325,7 @@ class _Planner:
             (t.name, t.backend): {
                 "device": t.name,
                 "backend": t.backend,
-                "threads": t.config.threads,
+                "threads": t.threads,
                 "runs": t.runs_here,
                 "leaves_out": [
                     s.name
@@ -687,7 +692,7 @@ class _Planner:
                 target=target.name,
                 backend="auto" if target.raced else target.backend,
                 recipe=self.loaded.name,
-                threads=target.config.threads,
+                threads=target.threads,
                 provenance=self._provenance(),
                 build={name: facts for name in target.rivals or (target.backend,) if (facts := _build_facts(target.on(name)))},
             )
@@ -740,7 +745,7 @@ class _Planner:
 def _place(target: Target) -> dict[str, Any]:
     """Where and how something is built or measured: the fields of RunConfig."""
     config = target.config
-    return {"device": target.name, "backend": target.backend, "threads": config.threads, "batch": config.batch, "options": config.options}
+    return {"device": target.name, "backend": target.backend, "threads": target.threads, "batch": config.batch, "options": config.options}
 
 
 def _build_facts(target: Target) -> dict[str, Any]:

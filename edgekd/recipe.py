@@ -45,7 +45,7 @@ class TargetConfig(Config):
 
     backend: str = Field("auto", description="runtime; auto takes the first of the device that edgekd has")
     precision: Literal["auto", "fp32", "int8"] = Field("auto", description="auto: what the chain and the gate give")
-    threads: int = Field(1, ge=1, le=256, description="threads of the runtime")
+    threads: int = Field(1, ge=0, le=256, description="threads of the runtime; 0: as many as the device has cores")
     batch: int = Field(1, ge=1, le=1024, description="images per inference when measuring")
     options: dict[str, Any] = Field(default_factory=dict, description="settings of the backend's builder: edgekd methods show BACKEND")
     budget: Budget = Field(default_factory=Budget)

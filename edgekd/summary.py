@@ -209,7 +209,7 @@ class _Summary:
             "budget_met": None if missed is None else not missed,
             "reason": reason,
             "bundle": str(self.folder / name),
-            "threads": target.config.threads,
+            "threads": target.threads,
             "batch": graph.json("graph.json")["fixed_batch"] or target.config.batch,
         }
         if race:
@@ -322,7 +322,7 @@ def _predicted(bundle: Artifact, target: Target) -> dict[str, Any] | None:
     from edgekd.profile.predict import predict
 
     try:
-        found = predict(bundle.path / "bundle" / "model.onnx", target.device, threads=target.config.threads, batch=target.config.batch)
+        found = predict(bundle.path / "bundle" / "model.onnx", target.device, threads=target.threads, batch=target.config.batch)
     except EdgekdError:
         return None
     return {"p50": found.p50_ms, "low": found.low_ms, "high": found.high_ms, "basis": found.basis, "label": "predicted"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.bundle import FACTS, MANIFEST, SAMPLES, read_facts, verify_files
+from edgekd.bundle import FACTS, MANIFEST, SAMPLES, SIGNATURE, read_facts, verify_files
 from edgekd.errors import BackendError, OnnxRefused, ParityBroken
 
 if TYPE_CHECKING:
@@ -15,22 +15,34 @@ _RANDOM_SAMPLES = 8
 _KEEP = 5  # nodes that are proposed for a higher precision
 
 
-def verify_bundle(folder: Path) -> dict[str, Any]:
-    """What was checked; raises BundleRefused for changed bytes and ParityBroken where this machine's answers differ."""
+def verify_bundle(folder: Path, *, signed_by: Path | None = None) -> dict[str, Any]:
+    """What was checked; raises BundleRefused for changed bytes or another signature than asked for, ParityBroken where answers differ here."""
     from edgekd.safeio.onnxfile import check_onnx  # onnx
 
     manifest = verify_files(folder)
+    signature = _signature(folder, manifest, signed_by)  # before anything reads what the files say
     facts = read_facts(folder, manifest)
     check_onnx(folder / facts["model_file"])
     return {
         "bundle": str(folder),
         "files": len(manifest["files"]),
+        "signature": signature,
         "recipe": manifest["recipe"],
         "target": manifest["target"],
         "samples": _check_samples(folder, facts),
         "engine": _check_engine(folder, manifest, facts),
         "differs": _differences(manifest),
     }
+
+
+def _signature(folder: Path, manifest: dict[str, Any], signed_by: Path | None) -> str | None:
+    """What is known of the bundle's signature; None where it has none."""
+    if signed_by is not None:
+        from edgekd.signature import check_signature
+
+        check_signature(folder, manifest, signed_by)
+        return f"signed by the private half of {signed_by}"
+    return "signed, not checked: give --signed-by PUBLIC.pem" if (folder / SIGNATURE).is_file() else None
 
 
 def _differences(manifest: dict[str, Any]) -> list[str]:
@@ -50,7 +62,8 @@ def _differences(manifest: dict[str, Any]) -> list[str]:
 def rebuild(folder: Path, console: Console) -> dict[str, Any]:
     """Builds the engine of a bundle again with this machine's runtime and completes its manifest; returns the engine's facts.
 
-    Everything but the engine must be intact. Raises BackendError where the engine cannot be built here; the bundle is then as it was.
+    Everything but the engine must be intact. The manifest is then another one, so a signature is removed: `unsigned` says whether there was one.
+    Raises BackendError where the engine cannot be built here; the bundle is then as it was.
     """
     import shutil
     import tempfile
@@ -69,7 +82,7 @@ def rebuild(folder: Path, console: Console) -> dict[str, Any]:
         )
     if (missing := backend.builds_for(device)) is not None:
         raise BackendError(missing, where=str(folder), hint="edgekd doctor")
-    build = facts["build"]
+    build, signed = facts["build"], (folder / SIGNATURE).is_file()
     with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch:  # a copy that takes the folder's place when it is whole
         copy, old = Path(scratch) / "new", Path(scratch) / "old"
         shutil.copytree(folder, copy)
@@ -86,7 +99,7 @@ def rebuild(folder: Path, console: Console) -> dict[str, Any]:
         except BaseException:
             old.rename(folder)
             raise
-    return meta
+    return meta | {"unsigned": signed}
 
 
 def _check_samples(folder: Path, facts: dict[str, Any]) -> str:

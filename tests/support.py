@@ -126,3 +126,15 @@ def write_images(folder: Path, classes: int = 3, each: int = 12, side: int = 32,
             pixels = np.clip(base + rng.normal(0, 30, base.shape), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(there / f"{k:03d}{suffix}")
     return folder
+
+
+def write_keys(folder: Path, *, key: Any = None, password: str = "") -> tuple[Path, Path]:
+    """A private and a public key in PEM; Ed25519, unless another is given."""
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key, hidden = key or Ed25519PrivateKey.generate(), s.BestAvailableEncryption(password.encode()) if password else s.NoEncryption()
+    folder.mkdir()
+    (folder / "key.pem").write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, hidden))
+    (folder / "public.pem").write_bytes(key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
+    return folder / "key.pem", folder / "public.pem"

@@ -58,7 +58,7 @@ class Backend(Protocol):
     """
 
     name: str
-    suffix: str  # of the engine's model file
+    suffix: str  # of an engine that is another file than its graph; .onnx where there is none
     builds: bool  # True: an engine is another thing than its graph, and takes a builder that may be missing here
 
     @property

@@ -1,6 +1,8 @@
 """onnxruntime: the engine is the ONNX file itself, so that what was judged here is what a device with onnxruntime gets.
 
 Sessions use `threads` intra-op threads, one inter-op thread and sequential execution; spinning is left at onnxruntime's default (on).
+With `format: ort` the engine is an ORT-format file instead, for builds of onnxruntime that have no ONNX parser, no optimizers and few operators.
+Source: onnxruntime's documentation, "ORT model format", and its tool convert_onnx_models_to_ort.
 """
 
 from __future__ import annotations
@@ -8,13 +10,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from edgekd.backends import Layer, asked, version_of
 from edgekd.config import Config
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
 _CPU = "CPUExecutionProvider"
+_OPERATORS = "required_operators.config"
 _PROFILE_WARMUP, _PROFILE_RUNS = 3, 20
 _FATAL_ONLY = 4  # log severity
 _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:\s*|\S+\.(?:h|cc):\d+ [^()]*\([^()]*\) ")
@@ -58,11 +64,13 @@ class OnnxRuntime:
     """Runs ONNX files as they are, on the CPU or, where the device's profile asks for it, on CUDA."""
 
     name = "onnxruntime"
-    suffix = ".onnx"
+    suffix = ".ort"
     builds = False
 
     class Options(Config):
-        """None."""
+        format: Literal["onnx", "ort"] = Field(
+            "onnx", description="ort: model.ort and the list of its operators, for minimal builds of onnxruntime; on x86 slower in fp32"
+        )
 
     def available(self) -> str | None:
         if importlib.util.find_spec("onnxruntime") is None:
@@ -82,11 +90,19 @@ class OnnxRuntime:
         _runtime()
 
     def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
-        """Opens the graph once on this machine's CPU, whatever the device, and copies it. `options` must be empty."""
-        asked(self, options, graph)
-        _open(graph, threads=1, provider=_CPU).close()
+        """Opens the graph once on this machine's CPU, whatever the device, and copies it; an ORT-format file lies beside that copy."""
+        chosen, provider = asked(self, options, graph), _provider(device)
+        meta: dict[str, Any] = {"model_file": "model.onnx", "runtime": self.name, "version": self.version(), "provider": provider}
+        if chosen.format == "ort":
+            if provider != _CPU:
+                raise BackendError(f"ORT-format files are for CPUs, {device.id} runs {provider}", where=graph.name, hint="format: onnx")
+            _save_ort(graph, out / "model.ort", device)
+            _save_operators(out / "model.ort", out / _OPERATORS)
+            meta |= {"model_file": "model.ort", "beside": [_OPERATORS], "options": chosen.model_dump()}
+        else:
+            _open(graph, threads=1, provider=_CPU).close()
         shutil.copyfile(graph, out / "model.onnx")
-        return {"model_file": "model.onnx", "runtime": self.name, "version": self.version(), "provider": _provider(device)}
+        return meta
 
     def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> OrtSession:
         return _open(engine, threads=threads, provider=_provider(device))
@@ -94,7 +110,9 @@ class OnnxRuntime:
     def layers(self, engine: Path, feeds: Feeds, threads: int, device: DeviceProfile) -> list[Layer]:
         """Time per operator on the device's provider as onnxruntime's own profiler sees it (fused nodes, slowest first)."""
         with tempfile.TemporaryDirectory() as folder:  # the profiler can only write to a file
-            session = _session(engine, threads, _provider(device), trace_prefix=str(Path(folder) / "trace"))
+            settings = _settings(threads)
+            settings.enable_profiling, settings.profile_file_prefix = True, str(Path(folder) / "trace")
+            session = _session(engine, settings, _provider(device))
             for _ in range(_PROFILE_WARMUP + _PROFILE_RUNS):
                 session.run(None, feeds)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -102,26 +120,51 @@ class OnnxRuntime:
 
 
 def _open(engine: Path, *, threads: int, provider: str) -> OrtSession:
-    session = _session(engine, threads, provider)
+    session = _session(engine, _settings(threads), provider)
     got = session.get_providers()
     if not got or got[0] != provider:  # onnxruntime only warns when it falls back to another provider
         raise BackendError(f"onnxruntime fell back to {', '.join(got)}", where=engine.name, expected=provider, hint="edgekd doctor")
     return OrtSession(session, engine.name)
 
 
-def _session(engine: Path, threads: int, provider: str, trace_prefix: str | None = None) -> Any:
+def _save_ort(graph: Path, out: Path, device: DeviceProfile) -> None:
+    """The graph as onnxruntime optimizes it for the device's kind of CPU, in ORT format."""
+    settings = _settings(threads=1)
+    settings.optimized_model_filepath = str(out)
+    settings.add_session_config_entry("session.save_model_format", "ORT")
+    # x86 has fast kernels for unsigned activations only, everything else for signed ones; the default is what *this* machine has
+    settings.add_session_config_entry("session.qdqisint8allowed", "0" if "x86-64" in device.arch.isa else "1")
+    # Every optimization but NCHWc, which orders weights in blocks of this machine's vectors: the file would not run on ARM, and on an x86 CPU
+    # with shorter vectors it would give wrong outputs without an error.
+    _session(graph, settings, _CPU, disabled_optimizers=["NchwcTransformer"])
+
+
+def _save_operators(model: Path, out: Path) -> None:
+    """What a minimal build must have to run the file, listed by onnxruntime's own tool."""
+    from onnxruntime.tools.ort_format_model import create_config_from_models  # 0.1 s
+
+    logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)  # it tells of every file
+    create_config_from_models([model], out, False)
+    lines = out.read_text(encoding="utf-8").splitlines(keepends=True)
+    out.write_text("".join(line for line in lines if not line.startswith("#")), encoding="utf-8")  # comments hold the path of the model
+
+
+def _settings(threads: int) -> Any:
+    ort = _runtime()
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.log_severity_level = _FATAL_ONLY  # errors are raised, and said by us
+    return settings
+
+
+def _session(engine: Path, settings: Any, provider: str, **more: Any) -> Any:
     ort = _runtime()
     if provider not in ort.get_available_providers():
         have = ", ".join(ort.get_available_providers())
         raise BackendError(f"this onnxruntime has no {provider}, only {have}", where=engine.name, expected=provider, hint="edgekd doctor")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = _FATAL_ONLY  # errors are raised, and said by us
-    if trace_prefix:
-        options.enable_profiling, options.profile_file_prefix = True, trace_prefix
     try:
-        return ort.InferenceSession(str(engine), options, providers=[provider])
+        return ort.InferenceSession(str(engine), settings, providers=[provider], **more)
     except Exception as err:  # onnxruntime has no common base class for its errors
         raise BackendError(f"onnxruntime cannot open the graph: {_first_line(err)}", where=engine.name, hint="edgekd doctor") from err
 

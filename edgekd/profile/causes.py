@@ -13,9 +13,10 @@ def slow_causes(before: Path, after: Path, quantum: int) -> list[str]:
     """Sentences for the gate's reason; empty where nothing is known. `quantum`: the channel multiple that the device prefers."""
     from edgekd.safeio.onnxfile import check_onnx  # onnx
 
-    if {before.suffix, after.suffix} != {".onnx"}:
+    files = [f.with_suffix(".onnx") for f in (before, after)]  # a file in ORT format has its graph beside it
+    if not all(f.is_file() for f in files):
         return []
-    old, new = (check_onnx(f, trusted=True).graph for f in (before, after))
+    old, new = (check_onnx(f, trusted=True).graph for f in files)
     return [*_conversions(old, new), *_still_float(new), *_odd_widths(old, new, quantum)]
 
 

@@ -26,11 +26,11 @@ def profile_model(
     from edgekd.profile.measure import PROTOCOL, measure
     from edgekd.safeio.onnxfile import check_onnx
 
-    profile, file = load_device(device), model_file_of(model)
-    runtime = registry.load("backend", _backend_of(profile, backend, _built_with(model)))()
+    profile, file, made = load_device(device), model_file_of(model), _made(model)
+    runtime = registry.load("backend", _backend_of(profile, backend, made[0]))()
     _reachable(profile, runtime, via)
     feeds = inputs_of(check_onnx(file), batch, file)
-    if runtime.builds:
+    if runtime.builds or made == (runtime.name, profile.id):
         file = _engine_file(model, runtime, profile)
     if layers and not hasattr(runtime, "layers"):
         raise BackendError(f"{runtime.name} gives no time per operator", where="--layers", hint="--backend onnxruntime")
@@ -111,15 +111,17 @@ def inputs_of(proto: Any, batch: int, file: Path) -> Feeds:
     return feeds
 
 
-def _built_with(model: Path) -> str | None:
-    """The runtime of a bundle's engine."""
+def _made(model: Path) -> tuple[str | None, str | None]:
+    """The runtime and the device of a bundle's engine; nothing where its engine is its graph."""
     from edgekd.bundle import read_facts, read_manifest
 
     if not model.is_dir():
-        return None
+        return None, None
     manifest = read_manifest(model)
-    facts, made = read_facts(model, manifest), manifest.get("engine", {}).get("runtime")
-    return str(made) if facts.get("engine_file") not in (None, facts["model_file"]) else None
+    facts = read_facts(model, manifest)
+    if facts.get("engine_file") in (None, facts["model_file"]):
+        return None, None
+    return manifest.get("engine", {}).get("runtime"), manifest.get("target")
 
 
 def _backend_of(profile: DeviceProfile, name: str, built_with: str | None) -> str:

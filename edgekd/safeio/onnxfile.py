@@ -53,6 +53,9 @@ def check_onnx(path: Path, *, max_bytes: int = _MAX_BYTES, trusted: bool = False
 def _check_file(path: Path, max_bytes: int) -> None:
     if not path.is_file():
         raise FileMissing("no such file", where=str(path), expected="an ONNX model", hint="correct the path")
+    if path.suffix.lower() == ".ort":  # of any file with that name onnxruntime reads a flatbuffer, so nothing here would have looked at it
+        hint = "name the ONNX file that it was made of; in a bundle it lies beside it"
+        raise OnnxRefused("files in ORT format are not read", where=str(path), expected="an ONNX model", hint=hint)
     if not 0 < path.stat().st_size <= max_bytes:
         raise OnnxRefused(f"it has {path.stat().st_size} bytes", where=str(path), expected=f"1 to {max_bytes} bytes", hint=_HINT)
 

@@ -72,7 +72,8 @@ class Bundle:
         backend = str(engine.json(ENGINE)["backend"]) if config.backend == "auto" else config.backend
         build = config.build.get(backend, {})
         if not model_file.endswith(".onnx"):
-            shutil.copyfile(engine.path / model_file, folder / model_file)
+            for name in (model_file, *engine.meta.get("beside", ())):
+                shutil.copyfile(engine.path / name, folder / name)
         settings_ = {n: facts[n] for n in ("image_size", "mean", "std")} | {n: index[n] for n in ("resize", "interpolation")}
         body = {
             "schema": "edgekd.bundle/1",
@@ -94,7 +95,8 @@ class Bundle:
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for script in ("predict.py", *(["build.py"] if build else [])):
             (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(script).read_bytes())
-        (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs, backend, build), encoding="utf-8")
+        section = _engine_section(build, facts) if build else _ort_section(engine.meta) if model_file.endswith(".ort") else ""
+        (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs, backend, section), encoding="utf-8")
         card = model_card(
             body,
             recipe=config.recipe,
@@ -140,11 +142,10 @@ def _write_samples(path: Path, graph: Artifact, dataset: Any, ctx: Context) -> f
     return float(np.abs(outputs).max())
 
 
-def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact], backend: str, build: Mapping[str, Any]) -> str:
+def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact], backend: str, section: str) -> str:
     metrics = inputs["test"].json(METRICS)
     shown = ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics["metrics"].items()))
     origin = "\n".join(f"- {k}: {v}" for k, v in sorted(config.provenance.items()))
-    engine = f"\n{_engine_section(build, facts)}" if build else ""
     return f"""# What this is
 
 Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}` ({backend}, {facts["precision"]}).
@@ -155,17 +156,29 @@ Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}
 
 Licences: the weights follow the licences of the training data and of the model they were distilled from, which edgekd cannot know; `predict.py` is
 MIT-licensed with edgekd. Check a copy with `edgekd verify FOLDER`; classify images with `python predict.py FOLDER_OF_IMAGES`.
-{engine}"""
+{section}"""
 
 
 def _engine_section(build: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """How the device makes its engine: by build.py, or by hand."""
-    return f"""## The engine
+    return f"""
+## The engine
 
 On the device: `python3 build.py` builds `model.engine` with its own TensorRT, checks it on the sample images, measures it and completes the manifest.
 By hand, the build alone:
 
     {trtexec(build, facts)}
+"""
+
+
+def _ort_section(engine: Mapping[str, Any]) -> str:
+    """What runs the ORT-format file."""
+    return f"""
+## The engine
+
+`model.ort` is `model.onnx` as onnxruntime {engine["version"]} optimized it, for builds of that version without an ONNX parser. One with no other operators:
+
+    ./build.sh --config MinSizeRel --minimal_build --include_ops_by_config required_operators.config --skip_tests
 """
 
 

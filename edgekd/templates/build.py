@@ -21,7 +21,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 PRODUCTS = {"tensorrt": ["tensorrt"], "tensorrt_rtx": ["tensorrt_rtx_libs", "tensorrt_rtx_bindings"]}
-ENGINE, CACHE, MANIFEST = "model.engine", "model.cache", "manifest.json"
+ENGINE, CACHE, MANIFEST, SIGNATURE = "model.engine", "model.cache", "manifest.json", "manifest.sig"
 DRIVER = Path("/proc/driver/nvidia/version")
 WARM_UP, RUNS = 50, 500
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
@@ -79,6 +79,9 @@ def complete(bundle: dict[str, Any], manifest: dict[str, Any], engine: dict[str,
             manifest["files"][name] = {"size": (HERE / name).stat().st_size, "sha256": sha256(HERE / name)}
     manifest["engine"], manifest["built"] = engine, found
     manifest.pop("digest", None)
+    if (HERE / SIGNATURE).exists():  # it is of the manifest as it was
+        (HERE / SIGNATURE).unlink()
+        print(f"{SIGNATURE} was removed: the manifest changed with the engine; sign it again")
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     manifest["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
     write(HERE / MANIFEST, json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True) + "\n")

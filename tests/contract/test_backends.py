@@ -82,7 +82,7 @@ def test_converted_engine_opens_and_computes_the_graph(name: str, graph: Path, t
     backend = _usable(name)
     engine = _engine(backend, graph, tmp_path)
     session = backend.open(engine, threads=1, device=HOST)
-    assert engine.suffix == backend.suffix
+    assert engine.suffix == (backend.suffix if backend.builds else ".onnx")
     assert (session.input_names, session.output_names) == (["x"], ["y"])
     (y,) = session.run({"x": X})
     np.testing.assert_allclose(y, np.maximum(X @ np.ones((12, 3), np.float32), 0), rtol=1e-3)
@@ -152,6 +152,97 @@ def test_onnxruntime_keeps_the_file_as_it_is(graph: Path, tmp_path: Path) -> Non
     assert _engine(OnnxRuntime(), graph, tmp_path).read_bytes() == graph.read_bytes()
 
 
+# ------------------------------------------------------------------------------------------------------------ ORT format
+@pytest.fixture
+def convolution(tmp_path: Path) -> Path:
+    """y = conv(x) in int8, symmetric in activations and weights, then a convolution in fp32: what this machine's kernels would tempt onnxruntime to."""
+    rng, near = np.random.default_rng(0), onnx.numpy_helper.from_array
+    held = [
+        near(rng.integers(-127, 127, (16, 16, 3, 3), dtype=np.int8), "q"),
+        near(rng.standard_normal((16, 16, 3, 3), dtype=np.float32), "w"),
+        near(np.float32(0.02), "s"),
+        near(np.int8(0), "z"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["qd"]),
+        helper.make_node("Conv", ["xd", "qd"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "s", "z"], ["cd"]),
+        helper.make_node("Conv", ["cd", "w"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    body = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 16, 8, 8))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 16, 8, 8))],
+        held,
+    )
+    path = tmp_path / "convolution.onnx"
+    path.write_bytes(helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString())
+    return path
+
+
+def _ort(graph: Path, device: str, out: Path) -> Path:
+    out.mkdir()
+    return out / OnnxRuntime().convert(graph, load_device(device), out, {"format": "ort"})["model_file"]
+
+
+@pytest.mark.parametrize("device", ["host", "rpi5"])
+def test_an_ort_file_computes_the_graph_beside_it_and_lists_what_a_minimal_build_needs(
+    device: str, convolution: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from onnxruntime.tools.reduced_build_config_parser import parse_config
+
+    engine = _ort(convolution, device, tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
+    assert sorted(p.name for p in engine.parent.iterdir()) == ["model.onnx", "model.ort", "required_operators.config"]
+    assert engine.read_bytes()[4:8] == b"ORTM"
+    assert (engine.parent / "model.onnx").read_bytes() == convolution.read_bytes()
+    x = {"x": np.random.default_rng(1).standard_normal((1, 16, 8, 8), dtype=np.float32)}
+    found, wanted = (OnnxRuntime().open(f, threads=1, device=HOST).run(x)[0] for f in (engine, convolution))
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())  # another order of sums
+    assert {layer.op_type for layer in OnnxRuntime().layers(engine, x, 1, HOST)} >= {"Conv", "QLinearConv"}
+    operators, _ = parse_config(str(engine.parent / "required_operators.config"))  # the reader of onnxruntime's build
+    assert operators["ai.onnx"][11] == {"Conv"}
+    assert str(tmp_path) not in (engine.parent / "required_operators.config").read_text()
+    assert str(tmp_path).encode() not in engine.read_bytes()
+
+
+@pytest.mark.parametrize("device", ["host", "rpi5", "x86-vnni"])
+def test_no_ort_file_has_weights_in_the_order_of_this_machines_vectors(device: str, convolution: Path, tmp_path: Path) -> None:
+    """On an x86 CPU with shorter vectors such a file gives wrong outputs without an error."""
+    from edgekd.backends.onnxruntime import _save_operators, _session, _settings
+
+    engine = _ort(convolution, device, tmp_path / "out")
+    assert "nchwc" not in (engine.parent / "required_operators.config").read_text()
+    if "x86-64" in HOST.arch.isa:  # left to itself, onnxruntime would write them
+        settings = _settings(1)
+        settings.optimized_model_filepath = str(tmp_path / "own.ort")
+        settings.add_session_config_entry("session.save_model_format", "ORT")
+        _session(convolution, settings, "CPUExecutionProvider")
+        _save_operators(tmp_path / "own.ort", tmp_path / "own.config")
+        assert "com.microsoft.nchwc" in (tmp_path / "own.config").read_text()
+
+
+@pytest.mark.parametrize(("device", "type_"), [("rpi5", "int8_t"), ("x86-vnni", "uint8_t")])
+def test_an_ort_file_keeps_signed_activations_for_arm_and_makes_them_unsigned_for_x86_wherever_it_is_made(
+    device: str, type_: str, convolution: Path, tmp_path: Path
+) -> None:
+    from onnxruntime.tools.ort_format_model import create_config_from_models
+
+    engine = _ort(convolution, device, tmp_path / "out")
+    create_config_from_models([engine], tmp_path / "typed.config", True)
+    assert f'QLinearConv{{"inputs": {{"0": ["{type_}"]}}}}' in (tmp_path / "typed.config").read_text()
+
+
+def test_an_ort_file_for_a_gpu_is_refused(convolution: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="ORT-format files are for CPUs, rtx4090 runs CUDAExecutionProvider"):
+        OnnxRuntime().convert(convolution, load_device("rtx4090"), tmp_path, {"format": "ort"})
+
+
+# ------------------------------------------------------------------------------------------------------------ providers
 class FellBack:
     """An onnxruntime that lists CUDA and then quietly uses the CPU."""
 

@@ -18,7 +18,7 @@ import torch
 from edgekd.artifact import digest_of
 from edgekd.backends.tensorrt import TensorRT
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
-from edgekd.bundle import engine_facts, verify_files, write_manifest
+from edgekd.bundle import SIGNATURE, engine_facts, verify_files, write_manifest
 from edgekd.errors import BackendError
 from edgekd.export.onnx import INPUT, OUTPUT, export_onnx
 from edgekd.profile.device import load_device
@@ -260,6 +260,14 @@ def test_build_py_keeps_what_tensorrt_learnt_and_uses_only_what_it_wrote_itself(
     done = run_script(jetson)
     assert (done.returncode, "known: 0 bytes" in done.stdout) == (0, True), done.stderr
     verify_files(jetson)
+
+
+def test_build_py_takes_the_signature_of_the_old_manifest_away_and_says_so(bundle: Path) -> None:
+    (bundle / SIGNATURE).write_bytes(bytes(64))
+    done = run_script(bundle)
+    assert (done.returncode, f"{SIGNATURE} was removed" in done.stdout) == (0, True), done.stderr
+    assert not (bundle / SIGNATURE).exists()
+    verify_files(bundle)
 
 
 def test_build_py_refuses_a_changed_file(bundle: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support import REPOSITORY, Result, run_here, write_images
+from tests.support import REPOSITORY, Result, run_here, write_images, write_keys
 
 RESNET_CIFAR = REPOSITORY / "recipes" / "cifar10" / "resnet_cifar.py"
 
@@ -270,9 +270,11 @@ def test_weights_that_are_not_there_are_not_trained_from_scratch(photos: Path, t
 def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result, tmp_path: Path) -> None:
     from edgekd.bundle import MANIFEST, write_manifest
 
-    for name, words in (("../../x.onnx", "is not in the manifest"), ("bundle.json", "")):
+    names = {"../../x.onnx": "is not in the manifest", "bundle.json": "", "model.ort": "files in ORT format are not read"}
+    for name, words in names.items():
         bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / name.replace("/", "_")))
-        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name}
+        shutil.copyfile(bundle / "model.onnx", bundle / "model.ort")  # a sound graph, of which onnxruntime would read something else
+        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name, "engine_file": name}
         (bundle / "bundle.json").write_text(json.dumps(facts))
         manifest = json.loads((bundle / MANIFEST).read_text())
         (bundle / MANIFEST).unlink()
@@ -281,6 +283,36 @@ def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result
         assert result.code == 3, result.text  # refused as a bundle, or as an ONNX file before any runtime opens it
         assert words in result.err
         assert "onnxruntime" not in result.err
+
+
+def test_verify_opens_no_graph_as_an_engine_that_nobody_checked(exported: Result, tmp_path: Path) -> None:
+    from edgekd.bundle import MANIFEST, write_manifest
+
+    bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / "b"))
+    (bundle / "other.onnx").write_bytes(b"not read by anyone")
+    facts = json.loads((bundle / "bundle.json").read_text()) | {"engine_file": "other.onnx"}
+    (bundle / "bundle.json").write_text(json.dumps(facts))
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).unlink()
+    write_manifest(bundle, {k: v for k, v in manifest.items() if k not in ("schema", "files", "digest")})
+    for command in (("verify", bundle), ("profile", bundle)):
+        result = run_here(*command)
+        assert (result.code, "its engine 'other.onnx' is another graph than its model" in result.err) == (3, True), result.text
+
+
+def test_a_bundle_is_signed_and_verified_and_verify_says_when_it_did_not_look_at_the_signature(exported: Result, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="pip install 'edgekd[sign]'")
+    bundle, (key, public) = Path(shutil.copytree(bundle_of(exported), tmp_path / "b")), write_keys(tmp_path / "keys")
+    verified = ("verify", bundle, "--json")
+    assert run_here(*verified).json()["signature"] is None
+    refused = run_here(*verified, "--signed-by", public)
+    assert (refused.code, refused.json()["error"]["code"]) == (3, "bundle")
+    assert run_here("sign", bundle, "--key", key, "--json").json() == {"bundle": str(bundle), "signature": str(bundle / "manifest.sig")}
+    assert run_here(*verified).json()["signature"] == "signed, not checked: give --signed-by PUBLIC.pem"
+    passed = run_here("verify", bundle, "--signed-by", public)
+    assert (passed.code, f"signed by the private half of {public}" in passed.err) == (0, True)
+    for more in (("--build",), ("--against", bundle)):
+        assert run_here("verify", bundle, "--signed-by", public, *more).code == 2
 
 
 def test_verify_fails_where_outputs_differ_even_if_the_labels_agree(exported: Result, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from onnx import numpy_helper
 
 from edgekd.backends.openvino import OpenVino
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
+from edgekd.bundle import SIGNATURE
 from tests.support import Result, run_here, write_images
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -73,8 +76,11 @@ def test_a_target_that_is_not_here_gets_a_really_built_engine_and_no_measured_fi
     assert all(p.dtype == np.int8 and not p.any() for p in points)
     assert run_here("verify", bundle).code == 0
     before = json.loads((bundle / "manifest.json").read_text())
+    (bundle / SIGNATURE).write_bytes(bytes(64))
     again = run_here("verify", bundle, "--build", "--json")
     assert (again.code, again.json()["differs"]) == (0, []), again.err
+    assert again.json()["signature"].startswith("removed")
+    assert not (bundle / SIGNATURE).exists()
     after = json.loads((bundle / "manifest.json").read_text())
     assert after["engine"] == before["engine"]
     assert {n for n, entry in after["files"].items() if entry != before["files"].get(n)} <= {
@@ -109,6 +115,37 @@ def test_another_runtime_of_this_machine_is_measured_and_stands_in_the_parity_ta
     [target] = result.json()["targets"]
     assert (target["backend"], target["measured"]) == ("openvino", True)
     assert "ONNX int8 -&gt; openvino" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("device", ["host", "rpi5"])
+def test_a_target_in_ort_format_ships_the_file_and_its_operators_beside_the_graph(
+    model: Path, photos: Path, tmp_path: Path, device: str
+) -> None:
+    options = ("-o", f"targets.{device}.options={{format: ort}}", "-o", f"targets.{device}.backend=onnxruntime")
+    result = quantized(model, photos, tmp_path / "run", "--device", device, *options)
+    assert result.code in (0, 4), result.err
+    bundle = bundle_of(result)
+    [target] = result.json()["targets"]
+    assert (target["model_file"], target["size_bytes"]) == ("model.ort", (bundle / "model.ort").stat().st_size)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert {"model.onnx", "model.ort", "required_operators.config"} < set(manifest["files"])
+    assert manifest["engine"]["options"] == {"format": "ort"}
+    assert "--include_ops_by_config required_operators.config" in (bundle / "PROVENANCE.md").read_text()
+    assert ("ONNX int8 -&gt; ORT format" in (tmp_path / "run" / "report.html").read_text()) == (
+        device == "host"
+    )  # of rpi5 nothing runs here
+    said = run_here("verify", bundle, "--json").json()["engine"]
+    assert ("sample images give the stored label" if device == "host" else "the engine was not opened: rpi5 is not this machine") in said
+    measured = run_here("profile", bundle, "--seconds", "0.2", "--json").json()
+    assert measured["size_bytes"] == (bundle / ("model.ort" if device == "host" else "model.onnx")).stat().st_size
+    assert run_here("predict", bundle, "--device", "rpi5").code == 0
+    for command in (("profile", "--device", "host"), ("predict", "--device", "rpi5")):
+        refused = run_here(command[0], bundle / "model.ort", *command[1:])
+        assert (refused.code, "files in ORT format are not read" in refused.err) == (3, True)
+    said = subprocess.run([sys.executable, bundle / "predict.py", photos], capture_output=True, text=True, check=True)
+    assert len(said.stdout.splitlines()) == 48
+    (bundle / "required_operators.config").write_text("ai.onnx;13;Gemm\n")
+    assert "'required_operators.config' was changed" in run_here("verify", bundle).err
 
 
 def test_options_of_a_builder_are_checked_before_anything_runs(model: Path, photos: Path, tmp_path: Path) -> None:

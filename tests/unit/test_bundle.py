@@ -124,12 +124,12 @@ def test_bytes_after_the_manifest_are_refused(bundle: Path, tmp_path: Path, tail
 
 def test_a_manifest_that_names_a_file_outside_is_refused_even_with_a_right_digest(bundle: Path, tmp_path: Path) -> None:
     from edgekd.artifact import digest_of
-    from edgekd.bundle import _encoded, read_manifest
+    from edgekd.bundle import manifest_bytes, read_manifest
 
     copy = Path(shutil.copytree(bundle, tmp_path / "b"))
     body = read_manifest(copy)
     body["files"]["../outside"] = {"size": 0, "sha256": digest_of("")}
-    (copy / MANIFEST).write_bytes(_encoded(body))
+    (copy / MANIFEST).write_bytes(manifest_bytes(body))
     with pytest.raises(BundleRefused):
         verify_files(copy)
 

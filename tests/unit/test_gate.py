@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekd.gate import Candidate, Evidence, judge, paired_drop, pick, wants_of
+from edgekd.profile.causes import slow_causes
 
 
 def evidence(**changes: object) -> Evidence:
@@ -54,6 +56,24 @@ def test_the_verdict_follows_from_the_measurements(changes: dict[str, object], v
     assert found.verdict == verdict
     assert words in found.reason
     assert found.chosen == ("after" if verdict == "kept" else "before")
+
+
+def test_causes_are_read_from_the_graphs_that_lie_beside_engines_and_from_nothing_else(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    def engine(name: str, *ops: str) -> Path:
+        names = ["x", *(f"t{i}" for i in range(len(ops)))]
+        nodes = [helper.make_node(op, [names[i], *(["s"] if "Linear" in op else [])], [names[i + 1]]) for i, op in enumerate(ops)]
+        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 4)) for n in ("x", names[-1])]
+        scale = onnx.numpy_helper.from_array(np.float32(0.1), "s")
+        (tmp_path / name).mkdir()
+        onnx.save(helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:], [scale])), tmp_path / name / "model.onnx")
+        return tmp_path / name / "model.ort"
+
+    before, after = engine("before", "Relu"), engine("after", "QuantizeLinear", "DequantizeLinear", "Relu")
+    assert slow_causes(before, after, 1) == ["1 quantize and 1 dequantize nodes were added"]
+    assert slow_causes(before, tmp_path / "elsewhere" / "model.engine", 1) == []
 
 
 def test_causes_are_named_where_a_step_did_not_get_faster() -> None:

@@ -17,6 +17,7 @@ from edgekd.config import Config
 from edgekd.errors import BackendError, CheckpointRefused, FileMissing
 from edgekd.forecast import forecast
 from edgekd.plan import Choice, Outlook, Plan, Ref, Step, build_plan, state_of
+from edgekd.profile.device import load_device
 from edgekd.recipe import load
 from edgekd.stages._stage import Settings
 
@@ -175,6 +176,15 @@ def test_a_target_that_is_away_is_judged_here_and_compiled_for_itself() -> None:
     assert plan.step("rpi5.compile").settings.config.device == "rpi5"  # type: ignore[attr-defined]
     assert plan.step("rpi5.test").inputs["engine"] == "rpi5.check"
     assert plan.step("prune.gate").settings.config.timed is False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0, 4), (1, 1), (3, 3)])
+def test_threads_are_as_asked_for_or_one_a_core_of_the_profile(asked: int, given: int) -> None:
+    plan = planned("quantized only", "targets={rpi5: {}}", f"targets.rpi5.threads={asked}")
+    configs = {name: plan.step(f"rpi5.{name}").settings.config for name in ("compile", "bundle")}
+    assert {name: config.threads for name, config in configs.items()} == {"compile": given, "bundle": given}  # type: ignore[attr-defined]
+    here = load_device("host").arch.cores or 1
+    assert plan.step("rpi5.check").settings.config.threads == (asked or here)  # type: ignore[attr-defined]  # judged on this machine
 
 
 def test_a_target_whose_runtime_has_no_int8_is_left_out_of_quantizing_and_that_is_said() -> None:
