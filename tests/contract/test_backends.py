@@ -89,6 +89,20 @@ def test_converted_engine_opens_and_computes_the_graph(name: str, graph: Path, t
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_a_session_takes_batches_of_any_size_in_any_order(name: str, graph: Path, tmp_path: Path) -> None:
+    backend, model = _usable(name), onnx.load(graph)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(model, graph)
+    session = backend.open(_engine(backend, graph, tmp_path), threads=1, device=HOST)
+    rng = np.random.default_rng(0)
+    for batch in (1, 3, 1, 2, 3):
+        x = rng.standard_normal((batch, 12), dtype=np.float32)
+        (y,) = session.run({"x": x})
+        np.testing.assert_allclose(y, np.maximum(x @ np.ones((12, 3), np.float32), 0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_inputs_that_do_not_fit_and_closed_sessions_are_backend_errors(name: str, graph: Path, tmp_path: Path) -> None:
     backend = _usable(name)
     session = backend.open(_engine(backend, graph, tmp_path), threads=1, device=HOST)
