@@ -490,7 +490,7 @@ def verify(
         for line in found["differs"]:
             console.say(f"differs here: {line}")
     else:
-        shown = ("rung", "max_abs", "mean_abs", "cosine", "agreement", "threshold")
+        shown = ("rung", "max_abs", "mean_abs", "cosine", "agreement", "clear_agreement", "threshold")
         console.table([{n: f"{v:.4g}" if isinstance(v := row[n], float) else v for n in shown} for row in found["rungs"]], shown)
         console.say(f"{found['samples']} inputs: {found['source']}")
 

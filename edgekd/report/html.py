@@ -288,11 +288,8 @@ def _sensitivity_cells(row: dict[str, Any]) -> list[str]:
 
 def _parity(run: Run, _: Figures) -> str:
     rows = [_parity_cells(rung) for rung in run.get("parity") or []]
-    return (
-        _table(["rung", "max error", "cosine", "agreement", "metric change, points", "threshold", "parity", "breaks first at"], rows)
-        if rows
-        else ""
-    )
+    measured = ["max error", "cosine", "agreement", "of clear answers", "metric change, points"]
+    return _table(["rung", *measured, "threshold", "parity", "breaks first at"], rows) if rows else ""
 
 
 def _parity_cells(rung: dict[str, Any]) -> list[str]:
@@ -301,6 +298,7 @@ def _parity_cells(rung: dict[str, Any]) -> list[str]:
         text.NONE if error is None else f"{error:.2e}",
         text.NONE if cosine is None else f"{cosine:.7g}",
         text.percent(rung.get("agreement")),
+        text.percent(rung.get("clear_agreement")),
     ]
     word = {True: "holds", False: "broken"}.get(rung.get("ok"), "unknown")  # type: ignore[arg-type]
     cells = [_td(n, "num") for n in [*numbers, text.points(rung.get("metric_delta"))]]

@@ -37,7 +37,7 @@ class Trial:
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "mix?": Kind.DECISION}
     gives = Kind.DECISION
-    version = 2
+    version = 3
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
     method_kind = "quantize"
 
@@ -119,7 +119,7 @@ class _Trial:
         broken = ""
         while True:
             row = known if not rounds and known and known["ok"] else self._compared(keep)
-            rounds.append({"keep": sorted(keep)} | {n: row[n] for n in ("cosine", "agreement", "max_relative", "ok")})
+            rounds.append({"keep": sorted(keep)} | {n: row[n] for n in ("cosine", "agreement", "clear_agreement", "max_relative", "ok")})
             if row["ok"] or len(rounds) > self.config.rounds:
                 return keep, rounds, broken
             size = self.facts["fixed_batch"] or _PROBES

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
 
 
 class Task(Protocol):
@@ -39,7 +40,8 @@ class Task(Protocol):
     def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]] | None:
         """Counts by true row and decided column, or None where the task has none."""
 
-    # Two more, which a task may leave out:
+    # Three more, which a task may leave out:
+    #   clear(outputs, room) -> (n,) bool: the samples whose answer stays when every output is off by `room`; agreement is judged on these
     #   misfit(outputs, classes) -> str | None: why these outputs cannot belong to data of so many classes, in a sentence
     #   chance(labels) -> float: the metric of a model that knows nothing but how often each answer is right
 

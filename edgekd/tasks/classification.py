@@ -9,7 +9,7 @@ from edgekd.registry import register
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgekd.tasks._task import Floats, Ints
+    from edgekd.tasks._task import Bools, Floats, Ints
 
 _ECE_BINS = 15
 
@@ -65,6 +65,14 @@ class Classification:
 
     def agreement(self, a: Floats, b: Floats) -> float:
         return float((a.argmax(1) == b.argmax(1)).mean())
+
+    def clear(self, outputs: Floats, room: float) -> Bools:
+        """Where the most likely class leads the next by more than twice `room`."""
+        import numpy as np
+
+        first, second = np.sort(outputs, axis=1)[:, :-3:-1].T if outputs.shape[1] > 1 else (outputs[:, 0], -np.inf)
+        ahead: Bools = first - second > 2 * room
+        return ahead
 
     def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]]:
         import numpy as np

@@ -136,6 +136,25 @@ def test_outputs_that_are_not_finite_never_pass(limits: str, bad: float) -> None
     assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))  # run.json holds no NaN
 
 
+def test_agreement_is_judged_on_answers_that_rounding_cannot_change() -> None:
+    reference = np.zeros((100, 4), np.float32)
+    reference[:, 0], reference[:50, 1] = 10, 9.5  # fifty answers are as good as tied
+    tied, lost = reference.copy(), reference.copy()
+    tied[:50, 1] = 10.5
+    lost[50:60, 1] = 10.5
+    labels = np.zeros(100, np.int64)
+    row = compare("rung", "int8", reference, tied, labels, Classification())
+    assert (row["agreement"], row["clear"], row["clear_agreement"], row["ok"]) == (0.5, 0.5, 1.0, True)
+    row = compare("rung", "int8", reference, lost, labels, Classification())
+    assert (row["agreement"], row["clear_agreement"], row["failed"]) == (0.9, 0.8, ["clear_agreement"])
+
+
+def test_an_answer_is_clear_where_no_error_of_the_room_on_both_classes_turns_it() -> None:
+    outputs = np.array([[3.0, 1.0, 0.0], [3.0, 2.0, 0.0], [0.0, 1.0, 3.0]], np.float32)
+    assert Classification().clear(outputs, 0.5).tolist() == [True, False, True]
+    assert Classification().clear(outputs[:, :1], 0.5).tolist() == [True] * 3  # one class only: nothing to take it for
+
+
 def test_the_coarser_of_two_precisions_sets_the_limits() -> None:
     assert coarser("int8", "fp16") == coarser("int8_weights", "int8") == "int8"
     assert coarser("fp32", "fp16") == "fp16"

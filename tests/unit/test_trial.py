@@ -31,6 +31,7 @@ def trial(deltas: dict[str, tuple[float, float]], *, ok: bool = True, **config: 
             "ok": ok,
             "cosine": 1.0,
             "agreement": 1.0,
+            "clear_agreement": 1.0,
             "max_relative": 0.0,
             "precision": "int8",
         }
