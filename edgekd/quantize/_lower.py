@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from edgekd.quantize._quantizer import inner_nodes
+
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 _SPATIAL = {2, 3}
 _MOST_CHANNELS = 512  # a copying convolution costs their square
+_HARD_SWISH = 14  # the opset that it came with
 _END = 2**31 - 1  # exporters write any larger number for "to the end"
 
 
 def lower(proto: ModelProto) -> ModelProto:
-    """The same graph with those operations replaced; shapes must have been inferred."""
+    """The same graph with those operations replaced; shapes must have been inferred, and every node have a name of its own."""
     graph = _Graph(proto)
     for node in list(proto.graph.node):
         if node.op_type == "ReduceMean":
@@ -49,7 +52,8 @@ class _Graph:
             v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim]
             for v in (*self.body.value_info, *self.body.input, *self.body.output)
         }
-        self.given = {v.name for v in self.body.output}
+        self.given = {v.name for v in self.body.output} | {name for n in inner_nodes(self.body) for name in n.input}
+        self.opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
         self.readers: dict[str, list[NodeProto]] = {}
         for node in self.body.node:
             for name in node.input:
@@ -107,7 +111,7 @@ def _hard_swish(graph: _Graph, gate: NodeProto) -> None:
     told, product = {"alpha": 0.2, "beta": 0.5} | {a.name: a.f for a in gate.attribute}, graph.next(gate)
     if product is None or product.op_type != "Mul" or set(product.input) != {gate.input[0], gate.output[0]}:
         return
-    if abs(told["alpha"] - 1 / 6) < 1e-6 and told["beta"] == 0.5:
+    if graph.opset >= _HARD_SWISH and abs(told["alpha"] - 1 / 6) < 1e-6 and told["beta"] == 0.5:
         graph.replaced |= {gate.name: [], product.name: [helper.make_node("HardSwish", [gate.input[0]], [product.output[0]], product.name)]}
 
 

@@ -62,9 +62,18 @@ def take_out(body: Any, weight: str) -> None:
             held.remove(entry)
 
 
+def inner_nodes(body: Any) -> Iterator[Any]:
+    """The nodes of the branches and loops of a graph, at any depth; they may read the graph's tensors by name."""
+    for node in body.node:
+        for attribute in node.attribute:
+            for inside in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from inside.node
+                yield from inner_nodes(inside)
+
+
 def tidied(proto: Any) -> Any:
     """Without the opset imports that nothing uses any more, and without names of the tool that made it."""
-    used = {n.domain for n in proto.graph.node} | {"", "ai.onnx"}
+    used = {n.domain for n in (*proto.graph.node, *inner_nodes(proto.graph))} | {"", "ai.onnx"}
     kept = [o for o in proto.opset_import if o.domain in used]
     del proto.opset_import[:]
     proto.opset_import.extend(kept)

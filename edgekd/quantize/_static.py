@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import BackendError, DataRefused, EdgekdError, OnnxRefused
 from edgekd.quantize._lower import lower
-from edgekd.quantize._quantizer import tidied
+from edgekd.quantize._quantizer import inner_nodes, tidied
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,15 +42,17 @@ def prepare(graph: Path, out: Path) -> None:
     with _quiet():
         quant_pre_process(str(graph), str(out), skip_symbolic_shape=True)
     proto = onnx.load_model_from_string(out.read_bytes())
-    taken = {n.name for n in proto.graph.node}
-    for number, node in enumerate(proto.graph.node):
-        if not node.name:
-            node.name = next(
-                f"{node.op_type}_{number}{mark}"
-                for mark in ("", *(f"_{i}" for i in range(99)))
-                if f"{node.op_type}_{number}{mark}" not in taken
-            )
+    _named(proto.graph)
     out.write_bytes(tidied(lower(proto)).SerializeToString(deterministic=True))
+
+
+def _named(body: Any) -> None:
+    """Gives nodes without a name one of their own; that two have the same is refused by onnxruntime."""
+    taken = {n.name for n in body.node}
+    for number, node in enumerate(body.node):
+        if not node.name:
+            node.name = next(name for mark in itertools.count(number) if (name := f"{node.op_type}_{mark}") not in taken)
+            taken.add(node.name)
 
 
 def static_int8(
@@ -209,7 +212,7 @@ class _Wires:
         for node in self.body.node:
             for name in dict.fromkeys(node.input):
                 self.readers.setdefault(name, []).append(node)
-        self.given = {value.name for value in self.body.output}
+        self.given = {value.name for value in self.body.output} | {name for n in inner_nodes(self.body) for name in n.input}
 
     def rewire(self, reader: Any, old: str, new: str) -> None:
         for place, name in enumerate(reader.input):
@@ -226,7 +229,8 @@ class _Wires:
                     self.body.node.remove(node)
                     for name in dict.fromkeys(node.input):
                         self.readers[name].remove(node)
-        for tensor in [t for t in self.body.initializer if t.name in self.readers and not self.readers[t.name]]:
+        unread = {name for name, readers in self.readers.items() if not readers} - self.given
+        for tensor in [t for t in self.body.initializer if t.name in unread]:
             self.body.initializer.remove(tensor)
 
 

@@ -102,3 +102,74 @@ def test_a_graph_without_shapes_is_left_alone(tmp_path: Path) -> None:
     proto = onnx.load(tmp_path / "plain.onnx")
     del proto.graph.value_info[:]
     assert "Slice" in [n.op_type for n in lower(proto).graph.node]
+
+
+# ------------------------------------------------------------------------------------------------------------ graphs of other makers
+def written(text: str, folder: Path) -> Path:
+    """An ONNX file from its textual form."""
+    path = folder / "given.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
+
+
+def same_outputs(graph: Path, folder: Path) -> onnx.ModelProto:
+    """The prepared graph, which must compute what the given one computes."""
+    prepare(graph, folder / "lowered.onnx")
+    x = np.random.default_rng(0).standard_normal((2, 3, SIZE, SIZE), dtype=np.float32)
+    before, after = (
+        ort.InferenceSession(str(f), providers=["CPUExecutionProvider"]).run(None, {"x": x}) for f in (graph, folder / "lowered.onnx")
+    )
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    return onnx.load(folder / "lowered.onnx")
+
+
+@pytest.mark.parametrize(("opset", "slope", "swishes"), [(13, 1 / 6, 0), (14, 1 / 6, 1), (18, 0.2, 0)])
+def test_a_hard_swish_is_one_operator_where_the_opset_has_it(opset: int, slope: float, swishes: int, tmp_path: Path) -> None:
+    graph = written(
+        f"""<ir_version: 8, opset_import: ["" : {opset}]>
+        g (float[2, 3, {SIZE}, {SIZE}] x) => (float[2, 3, {SIZE}, {SIZE}] y) {{
+            gate = HardSigmoid<alpha = {slope!r}, beta = 0.5>(x)
+            y = Mul(x, gate)
+        }}""",
+        tmp_path,
+    )
+    assert [n.op_type for n in same_outputs(graph, tmp_path).graph.node].count("HardSwish") == swishes
+
+
+def test_nodes_without_a_name_are_told_apart(tmp_path: Path) -> None:
+    graph = written(
+        f"""<ir_version: 8, opset_import: ["" : 18]>
+        g (float[2, 3, {SIZE}, {SIZE}] x) => (float[2, 3, {SIZE}, {SIZE}] y)
+        <int64[2] axes = {{2, 3}}> {{
+            mean = ReduceMean(x, axes)
+            less = Sub(x, mean)
+            y = Abs(less)
+        }}""",
+        tmp_path,
+    )
+    nodes = same_outputs(graph, tmp_path).graph.node
+    assert [n.op_type for n in nodes] == ["GlobalAveragePool", "Sub", "Abs"]
+    assert len({n.name for n in nodes} - {""}) == 3
+
+
+def test_what_a_branch_reads_stays(tmp_path: Path) -> None:
+    branch = "float[?, ?, ?, ?] {out}"
+    graph = written(
+        f"""<ir_version: 8, opset_import: ["" : 18]>
+        g (float[2, 3, {SIZE}, {SIZE}] x) => (float[2, 5, 5, 5] y, {branch.format(out="z")})
+        <int64[2] starts = {{0, 0}}, int64[2] ends = {{9223372036854775807, 9223372036854775807}}, int64[2] axes = {{2, 3}}, int64[2] steps = {{2, 2}},
+         int64[8] pads = {{0, 1, 0, 0, 0, 1, 0, 0}}, float limit = {{0.0}}> {{
+            few = Slice(x, starts, ends, axes, steps)
+            y = Pad(few, pads)
+            top = ReduceMax<keepdims = 0>(x)
+            positive = Greater(top, limit)
+            z = If(positive) <
+                then_branch = yes () => ({branch.format(out="a")}) {{ a = Slice(few, starts, ends, axes, steps) }},
+                else_branch = no () => ({branch.format(out="b")}) {{ b = Identity(few) }}
+            >
+        }}""",
+        tmp_path,
+    )
+    proto = same_outputs(graph, tmp_path)
+    assert {"Slice", "Pad"} <= {n.op_type for n in proto.graph.node}
