@@ -12,6 +12,7 @@ from edgekd import registry
 from edgekd.artifact import Artifact
 from edgekd.errors import OnnxRefused
 from edgekd.stages._stage import Settings
+from edgekd.stages.compile import judged_batch
 from edgekd.stages.export import FACTS, GRAPH
 from edgekd.stages.quantize import calibration_batches
 
@@ -71,6 +72,7 @@ class PartialGraphs:
         engine.mkdir(exist_ok=True)
         meta = self.backend.convert(graph, self.device, engine, self.config.options, batch=self.config.batch)
         session = self.backend.open(engine / meta["model_file"], threads=self.config.threads, device=self.device)
+        self._judged_batch = judged_batch(meta)
         shutil.rmtree(engine)  # it is loaded; two dozen copies of a large model would fill a disk
         return session
 
@@ -86,8 +88,7 @@ class PartialGraphs:
         """Of a few hundred val images."""
         from edgekd.stages.evaluate import run_engine
 
-        facts = self.facts | {"max_batch": 1 if self.backend.builds else None}  # an engine of the search is built for its own batch
-        return run_engine(session, facts, self.dataset, self.positions, self.ctx, "val")
+        return run_engine(session, self.facts | {"max_batch": self._judged_batch}, self.dataset, self.positions, self.ctx, "val")
 
     def scores(self, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """The metric of each of those images."""

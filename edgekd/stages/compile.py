@@ -41,7 +41,7 @@ class Compile:
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH}
     gives = Kind.ENGINE
-    version = 1
+    version = 2
     libraries = ("onnx",)
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -66,10 +66,16 @@ class Compile:
             "backend": config.backend,
             "threads": config.threads,
             "model_file": meta["model_file"],
-            "max_batch": meta.get("max_batch"),
+            "max_batch": judged_batch(meta),
         }
         (out / ENGINE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         return meta | {"size_bytes": (out / meta["model_file"]).stat().st_size}
+
+
+def judged_batch(meta: Mapping[str, Any]) -> int | None:
+    """How many images an engine is given at once where its outputs are judged: what it is used for, or takes at most; None for any number."""
+    found: int | None = meta.get("judged_batch") or meta.get("max_batch")
+    return found
 
 
 def open_engine(engine: Artifact, *, threads: int | None = None) -> tuple[Session, dict[str, Any]]:
