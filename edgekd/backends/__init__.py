@@ -81,7 +81,10 @@ class Backend(Protocol):
         """Imports the runtime, so that what follows can be timed without that."""
 
     def convert(self, graph: Path, device: DeviceProfile, out: Path, options: Mapping[str, Any], *, batch: int = 1) -> dict[str, Any]:
-        """Writes the engine, best for `batch` images, into the folder `out`; returns meta with at least `{"model_file": name}`."""
+        """Writes the engine, best for `batch` images, into the folder `out`; returns meta with at least `{"model_file": name}`.
+
+        `usage`, if it is there, is Markdown: how the engine is run without edgekd. It ends in the bundle's PROVENANCE.md.
+        """
 
     def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> Session:
         """An engine file ready to run, on the execution provider that the device asks for and no other."""

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
 _CPU = "CPUExecutionProvider"
 _OPERATORS = "required_operators.config"
+_MINIMAL = """\
+`model.ort` is `model.onnx` as onnxruntime {version} optimized it, for builds of that version without an ONNX parser. One with no other operators:
+
+    ./build.sh --config MinSizeRel --minimal_build --include_ops_by_config {operators} --skip_tests
+"""
 _PROFILE_WARMUP, _PROFILE_RUNS = 3, 20
 _FATAL_ONLY = 4  # log severity
 _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:\s*|\S+\.(?:h|cc):\d+ [^()]*\([^()]*\) ")
@@ -99,6 +104,7 @@ class OnnxRuntime:
             _save_ort(graph, out / "model.ort", device)
             _save_operators(out / "model.ort", out / _OPERATORS)
             meta |= {"model_file": "model.ort", "beside": [_OPERATORS], "options": chosen.model_dump()}
+            meta["usage"] = _MINIMAL.format(version=self.version(), operators=_OPERATORS)
         else:
             _open(graph, threads=1, provider=_CPU).close()
         shutil.copyfile(graph, out / "model.onnx")

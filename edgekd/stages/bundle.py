@@ -53,7 +53,7 @@ class Bundle:
         "parity": Kind.METRICS,
     }
     gives = Kind.BUNDLE
-    version = 3
+    version = 4
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Bundle:
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for script in ("predict.py", *(["build.py"] if build else [])):
             (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(script).read_bytes())
-        section = _engine_section(build, facts) if build else _ort_section(engine.meta) if model_file.endswith(".ort") else ""
+        section = _engine_section(build, facts) if build else _usage_section(engine.meta)
         (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs, backend, section), encoding="utf-8")
         card = model_card(
             body,
@@ -171,15 +171,9 @@ By hand, the build alone:
 """
 
 
-def _ort_section(engine: Mapping[str, Any]) -> str:
-    """What runs the ORT-format file."""
-    return f"""
-## The engine
-
-`model.ort` is `model.onnx` as onnxruntime {engine["version"]} optimized it, for builds of that version without an ONNX parser. One with no other operators:
-
-    ./build.sh --config MinSizeRel --minimal_build --include_ops_by_config required_operators.config --skip_tests
-"""
+def _usage_section(engine: Mapping[str, Any]) -> str:
+    """What the backend says of running its engine without edgekd."""
+    return f"\n## The engine\n\n{engine['usage']}" if "usage" in engine else ""
 
 
 def trtexec(build: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
