@@ -24,6 +24,7 @@ _ROUNDED = {"min_cosine": 0.9, "max_relative": float("inf")}  # one value of a r
 _FOLDED = 2  # layers that an exporter may fold into the one before
 _CHUNK = 40  # intermediate tensors that are held at once
 _EPS = 1e-12
+_ROUNDING = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,14 @@ class Compared:
 def compare_tensors(
     reference: onnx.ModelProto, other: onnx.ModelProto, feeds: Feeds, other_feeds: Feeds, run: Runner | None = None
 ) -> list[Compared]:
-    """Every tensor that both graphs compute under one name with one shape, in the order of `other`, which `run` may run on another runtime."""
-    produced = {name for node in reference.graph.node for name in node.output if name}
-    places = {name: node for node in other.graph.node for name in node.output if name in produced}
-    modules, found = _modules(other), []
+    """Every tensor that both graphs compute under one name with one shape, in the order of `other`, which `run` may run on another runtime.
+
+    Where `other` only rounds or casts to get a tensor, the node is the one of `reference` that computes it.
+    """
+    makers = {name: node for node in reference.graph.node for name in node.output if name}
+    places = {name: node for node in other.graph.node for name in node.output if name in makers}
+    places = {name: makers[name] if node.op_type in _ROUNDING else node for name, node in places.items()}
+    modules, found = _modules(reference) | _modules(other), []
     names = list(places)
     for start in range(0, len(names), _CHUNK):
         chunk = names[start : start + _CHUNK]
@@ -125,6 +130,17 @@ def steepest(tensors: list[Compared], count: int) -> list[Compared]:
         drops.append((before - t.cosine, t))
         before = min(before, t.cosine)
     return [t for drop, t in sorted(drops, key=lambda d: -d[0])[:count] if drop > 0]
+
+
+def beyond(model: onnx.ModelProto, feeds: Feeds, limit: float) -> set[str]:
+    """The nodes that make or read a value whose size is over `limit`."""
+    import numpy as np
+
+    names, large = [name for node in model.graph.node for name in node.output if name], set[str]()
+    for start in range(0, len(names), _CHUNK):
+        values = _values(model, names[start : start + _CHUNK], feeds)
+        large |= {name for name, value in values.items() if value.size and float(np.abs(value).max()) > limit}
+    return {node.name for node in model.graph.node if large & {*node.input, *node.output}}
 
 
 def with_makers(model: onnx.ModelProto, nodes: set[str]) -> set[str]:

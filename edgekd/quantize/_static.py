@@ -94,7 +94,7 @@ def static_int8(
             prepared.write_bytes(proto.SerializeToString(deterministic=True))
         layout = _layout(prepared, keep, flavour)
         if not kept.is_file():
-            _calibrate(prepared, kept, samples, method, layout.ops)
+            _calibrate(prepared, kept, samples, method, layout.ops, graph.name)
         if flavour == "x8s8":
             extra["TensorQuantOverrides"] = _signed(kept) | extra.get("TensorQuantOverrides", {})
         with _quiet():
@@ -273,7 +273,7 @@ def _free_readers(graph: _Wires, layout: _Layout) -> None:
                 graph.rewire(reader, back.output[0], source)
 
 
-def _calibrate(prepared: Path, out: Path, samples: Iterator[NDArray[np.float32]], method: Any, ops: tuple[str, ...]) -> None:
+def _calibrate(prepared: Path, out: Path, samples: Iterator[NDArray[np.float32]], method: Any, ops: tuple[str, ...], where: str) -> None:
     """Writes the range of every tensor, batch by batch: a histogram of all activations at once would fill the memory.
 
     Raises DataRefused without images, and OnnxRefused for a tensor that is not finite on them.
@@ -300,7 +300,7 @@ def _calibrate(prepared: Path, out: Path, samples: Iterator[NDArray[np.float32]]
         if broken := [o for o in node.output if o in found and not all(np.isfinite(v).all() for v in found[o].range_value)]:
             raise OnnxRefused(
                 f"on the calibration images tensor '{broken[0]}' is not finite, made by node '{node.name}'",
-                where=prepared.name,
+                where=where,
                 expected="finite activations",
                 hint="its weights or its normalisation are wrong: model.mean, model.std",
             )

@@ -33,6 +33,7 @@ _REDUCTIONS = (
     "InstanceNormalization",
     "LpNormalization",
 )
+_FLOAT = 1  # onnx.TensorProto.FLOAT; onnx itself is imported late
 
 
 @register("quantize")
@@ -57,7 +58,8 @@ class FP16:
         from onnxruntime.transformers.onnx_model import OnnxModel
 
         proto = onnx.load_model_from_string(graph.read_bytes())
-        missing = set(self.config.keep_nodes) - {n.name for n in proto.graph.node}
+        known = {n.name for n in proto.graph.node}
+        missing = set(self.config.keep_nodes) - known
         if missing:
             raise BackendError(f"there is no node '{min(missing)}'", where=graph.name, hint="names as edgekd verify --against gives them")
         del proto.graph.value_info[:]  # the exporter's name weights as well, and the converter would cast those that it keeps
@@ -69,6 +71,7 @@ class FP16:
                 node_block_list=list(self.config.keep_nodes),
             )
             _without_twins(proto)
+            _without_detours(proto, known)
             OnnxModel(proto).topological_sort(is_deterministic=True)  # the converter appends its casts at the end
         except (OSError, MemoryError):  # the machine's, not the graph's
             raise
@@ -85,3 +88,33 @@ def _without_twins(proto: Any) -> None:
         if node.op_type == "Cast" and node.output[0] in seen:
             proto.graph.node.remove(node)
         seen.update(node.output)
+
+
+def _without_detours(proto: Any, known: set[str]) -> None:
+    """What one kept node hands to another, or to an output, stays in fp32: the converter casts it down and up again, and what is large becomes infinite.
+
+    Casts of the graph's own, whose names are `known`, mean what they say.
+    """
+    body = proto.graph
+    makers = {name: node for node in body.node for name in node.output}
+    outputs = {o.name for o in body.output}
+    for up in [n for n in body.node if n.op_type == "Cast" and n.name not in known]:
+        down = makers.get(up.input[0])
+        if down is None or down.op_type != "Cast" or down.name in known or down.input[0] not in makers or _to(up) != _FLOAT:
+            continue
+        source, target = down.input[0], up.output[0]
+        body.node.remove(up)
+        if target in outputs:  # an output keeps its name, so its maker takes it
+            maker = makers[source]
+            maker.output[list(maker.output).index(source)] = target
+            makers[target] = maker
+            source, target = target, source
+        for node in body.node:
+            node.input[:] = [source if name == target else name for name in node.input]
+    read = {name for node in body.node for name in node.input} | outputs
+    for node in [n for n in body.node if n.op_type == "Cast" and n.name not in known and n.output[0] not in read]:
+        body.node.remove(node)
+
+
+def _to(cast: Any) -> int:
+    return int(next(a.i for a in cast.attribute if a.name == "to"))

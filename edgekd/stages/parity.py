@@ -39,7 +39,7 @@ class Parity:
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "fp32": Kind.GRAPH, "data": Kind.DATA, "model?": Kind.MODEL, "engine?": Kind.ENGINE}
     gives = Kind.METRICS
-    version = 5
+    version = 6
     libraries = ("torch", "onnxruntime-gpu", "onnxruntime")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:

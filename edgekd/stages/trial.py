@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from edgekd.context import Context
 
 _PROBES = 8  # images whose intermediate tensors are compared
+_HALF = 65504 / 2  # the largest fp16 value, with room for images that were not looked at
 
 
 @register("stage")
@@ -37,7 +38,7 @@ class Trial:
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "mix?": Kind.DECISION}
     gives = Kind.DECISION
-    version = 3
+    version = 4
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
     method_kind = "quantize"
 
@@ -67,6 +68,7 @@ class _Trial:
         self.given = (*self.quantizer.config.keep_nodes, *(read_decision(inputs["mix"])["keep"] if "mix" in inputs else ()))
         self.reference = check_onnx(self.graph, trusted=True)
         self.calibration: str | None = getattr(self.quantizer.config, "calibration", None)
+        self.large = self._overflowing() if config.repair else set[str]()
 
     def run(self) -> dict[str, Any]:
         """The decision with every trial, and the node that broke first."""
@@ -85,8 +87,10 @@ class _Trial:
             words = f"{name}: the outputs lie outside the limits{place}, and keeping nodes in higher precision did not help"
             return body | {"keep": [], "reason": words}
         said = [f"ranges calibrated by {self.calibration}: {self._why(tried)}"] if len(tried) > 1 else []
-        if keep:
-            said.append(f"{len(keep)} nodes stay in higher precision: with all of them quantized the outputs lie outside the limits{place}")
+        if self.large:
+            said.append(f"{len(self.large)} nodes stay in fp32: they make or read values over {_HALF:.0f}, half of what fp16 can hold")
+        if more := keep - self.large:
+            said.append(f"{len(more)} nodes stay in higher precision: with all of them quantized the outputs lie outside the limits{place}")
         return body | {"keep": sorted(keep), "reason": "; ".join(said)}
 
     # ------------------------------------------------------------------------------------------------ calibration
@@ -110,21 +114,21 @@ class _Trial:
     # ------------------------------------------------------------------------------------------------ nodes
     def _repaired(self, known: dict[str, Any] | None) -> tuple[set[str], list[dict[str, Any]], str]:
         """Nodes to take back, the rounds, and the node that broke first; `known` is what was seen already with nothing taken back."""
-        from edgekd.data.normalise import normalised
         from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits, with_makers
         from edgekd.safeio.onnxfile import check_onnx
 
-        keep = set[str]()
+        keep = set(self.large)
         rounds: list[dict[str, Any]] = []
         broken = ""
         while True:
             row = known if not rounds and known and known["ok"] else self._compared(keep)
-            rounds.append({"keep": sorted(keep)} | {n: row[n] for n in ("cosine", "agreement", "clear_agreement", "max_relative", "ok")})
+            rounds.append(
+                {"keep": sorted(keep)}
+                | {n: row[n] for n in ("cosine", "covariation", "agreement", "clear_agreement", "max_relative", "ok")}
+            )
             if row["ok"] or len(rounds) > self.config.rounds:
                 return keep, rounds, broken
-            size = self.facts["fixed_batch"] or _PROBES
-            feeds = {self.facts["input"]: normalised(self.dataset.images(self.positions[:size]), self.facts)}
-            rounded = check_onnx(self.file, trusted=True)
+            rounded, feeds = check_onnx(self.file, trusted=True), self._feeds()
             found = compare_tensors(self.reference, rounded, feeds, feeds)
             tensors = [t for t in found if t.node not in (*self.given, *keep)]
             first = first_break(tensors, **tensor_limits(row["precision"]))
@@ -135,6 +139,18 @@ class _Trial:
             if not more:
                 return keep, rounds, broken
             keep |= more
+
+    def _overflowing(self) -> set[str]:
+        """Nodes that fp16 has no values for. A CPU computes fp16 graphs in fp32, and may drop casts that follow each other: parity would not show them."""
+        from edgekd.export.bisect import beyond
+
+        return beyond(self.reference, self._feeds(), _HALF) - set(self.given) if type(self.quantizer).precision == "fp16" else set()
+
+    def _feeds(self) -> dict[str, Any]:
+        from edgekd.data.normalise import normalised
+
+        size = self.facts["fixed_batch"] or _PROBES
+        return {self.facts["input"]: normalised(self.dataset.images(self.positions[:size]), self.facts)}
 
     def _compared(self, keep: set[str]) -> dict[str, Any]:
         """The parity row of the graph quantized with `keep` left out."""

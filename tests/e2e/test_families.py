@@ -66,4 +66,5 @@ def table() -> dict[str, list[str]]:
 def test_every_family_does_what_the_table_says(arch: str) -> None:
     size, *cells = table()[arch]
     found = list(sweep().row(arch, int(size)).values())
-    assert [c.startswith("ok") for c in found] == [c.startswith("ok") for c in cells], found
+    kinds = [[c.split(":")[0] for c in row] for row in (found, cells)]  # figures differ between machines, what goes wrong does not
+    assert kinds[0] == kinds[1], found

@@ -114,6 +114,7 @@ def test_another_runtime_of_this_machine_is_measured_and_stands_in_the_parity_ta
     assert result.code in (0, 4), result.err
     [target] = result.json()["targets"]
     assert (target["backend"], target["measured"]) == ("openvino", True)
+    assert 'model.reshape({"images": [1, 3, 32, 32]})' in (bundle_of(result) / "PROVENANCE.md").read_text()
     assert "ONNX int8 -&gt; openvino" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -165,6 +166,26 @@ def test_methods_without_int8_arithmetic(model: Path, photos: Path, tmp_path: Pa
     assert target["precision"] == precision
     assert target["size_bytes"] < ratio * model.stat().st_size
     assert run_here("verify", bundle_of(result)).code == 0
+
+
+def test_an_output_that_overflows_fp16_is_computed_in_fp32(model: Path, photos: Path, tmp_path: Path) -> None:
+    proto = onnx.load(model)
+    [last] = [n for n in proto.graph.node if proto.graph.output[0].name in n.output]
+    for tensor in [t for t in proto.graph.initializer if t.name in last.input]:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1e6), tensor.name))
+    onnx.save(proto, tmp_path / "large.onnx")
+    device = ("--device", "rtx4090", "-o", "targets.rtx4090.backend=onnxruntime")
+    result = quantized(tmp_path / "large.onnx", photos, tmp_path / "run", "--method", "fp16", *device)
+    assert result.code == 0, result.err
+    decision = json.loads((tmp_path / "run" / "decisions.json").read_text())["quantize.trial"]
+    assert last.name in decision["keep"]
+    assert "values over 32752" in decision["reason"]
+    assert [r["ok"] for r in decision["rounds"]] == [True]
+    shipped = onnx.load(bundle_of(result) / "model.onnx").graph
+    [maker] = [n for n in shipped.node if shipped.output[0].name in n.output]
+    assert maker.name == last.name  # not cast to fp16 and back behind it, where a GPU would make it infinite
+    [other] = [n for n in shipped.node if maker.input[0] in n.output]
+    assert other.op_type == "Cast"
 
 
 def test_a_search_finds_operators_and_its_decision_can_be_replayed(model: Path, photos: Path, tmp_path: Path) -> None:

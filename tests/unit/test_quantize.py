@@ -142,11 +142,36 @@ def test_agreement_is_judged_on_answers_that_rounding_cannot_change() -> None:
     tied, lost = reference.copy(), reference.copy()
     tied[:50, 1] = 10.5
     lost[50:60, 1] = 10.5
-    labels = np.zeros(100, np.int64)
+    labels = np.arange(100) % 2  # what turns is lost as often as it is won
     row = compare("rung", "int8", reference, tied, labels, Classification())
     assert (row["agreement"], row["clear"], row["clear_agreement"], row["ok"]) == (0.5, 0.5, 1.0, True)
     row = compare("rung", "int8", reference, lost, labels, Classification())
     assert (row["agreement"], row["clear_agreement"], row["failed"]) == (0.9, 0.8, ["clear_agreement"])
+
+
+def test_a_dead_graph_fails_though_no_answer_is_clear() -> None:
+    rng = np.random.default_rng(0)
+    common = np.array([4.0] * 5 + [-4.0] * 5)  # what all images share makes any two outputs alike
+    reference = (common + 0.15 * rng.standard_normal((256, 10))).astype(np.float32)
+    dead = np.broadcast_to(common, reference.shape).astype(np.float32)
+    row = compare("rung", "int8", reference, dead, None, Classification())
+    assert (row["cosine"] > 0.99, row["clear"], row["failed"]) == (True, 0.0, ["covariation"])
+    assert "metric_delta" not in row
+    row = compare("rung", "int8", reference, dead, reference.argmax(1), Classification())
+    assert row["failed"] == ["covariation", "metric_lost"]
+    near = (reference + 0.06 * rng.standard_normal(reference.shape)).astype(np.float32)  # rounding turns near ties and is no fault
+    assert compare("rung", "int8", reference, near, None, Classification())["ok"]
+
+
+def test_one_image_with_large_outputs_does_not_hide_the_others() -> None:
+    rng = np.random.default_rng(0)
+    reference = (1.5 * rng.standard_normal((256, 10))).astype(np.float32)
+    reference[0] *= 15
+    broken = reference.copy()
+    broken[1:] = np.roll(reference[1:], 1, axis=1) * 0.05 + reference[1:] * 0.9 + 0.7 * rng.standard_normal((255, 10))
+    row = compare("rung", "int8", reference, broken, None, Classification())
+    assert row["clear"] > 0.5
+    assert "clear_agreement" in row["failed"]
 
 
 def test_an_answer_is_clear_where_no_error_of_the_room_on_both_classes_turns_it() -> None:

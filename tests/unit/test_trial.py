@@ -20,7 +20,7 @@ def trial(deltas: dict[str, tuple[float, float]], *, ok: bool = True, **config: 
     found.ctx = SimpleNamespace(stop=Stop())
     found.task = SimpleNamespace(scores=lambda outputs, labels: np.full(10, 0.9))
     found.wanted = found.labels = None
-    found.calls = []
+    found.calls, found.large = [], set()
 
     def compared(keep: set[str]) -> dict[str, Any]:
         found.calls.append((found.calibration, len(keep)))
@@ -30,6 +30,7 @@ def trial(deltas: dict[str, tuple[float, float]], *, ok: bool = True, **config: 
             "mean_abs": error,
             "ok": ok,
             "cosine": 1.0,
+            "covariation": 1.0,
             "agreement": 1.0,
             "clear_agreement": 1.0,
             "max_relative": 0.0,
