@@ -71,9 +71,8 @@ class Bundle:
         model_file = str(engine.json(ENGINE)["model_file"])
         backend = str(engine.json(ENGINE)["backend"]) if config.backend == "auto" else config.backend
         build = config.build.get(backend, {})
-        if not model_file.endswith(".onnx"):
-            for name in (model_file, *engine.meta.get("beside", ())):
-                shutil.copyfile(engine.path / name, folder / name)
+        for name in (*([] if model_file.endswith(".onnx") else [model_file]), *engine.meta.get("beside", ())):
+            shutil.copyfile(engine.path / name, folder / name)
         settings_ = {n: facts[n] for n in ("image_size", "mean", "std")} | {n: index[n] for n in ("resize", "interpolation")}
         body = {
             "schema": "edgekd.bundle/1",

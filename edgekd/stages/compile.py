@@ -41,7 +41,7 @@ class Compile:
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH}
     gives = Kind.ENGINE
-    version = 2
+    version = 3
     libraries = ("onnx",)
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:

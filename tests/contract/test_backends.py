@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from edgekd.backends import openvino
 from edgekd.backends.onnxruntime import OnnxRuntime
 from edgekd.errors import BackendError
 from edgekd.profile.device import device_ids, load_device
@@ -302,3 +303,38 @@ def test_onnxruntime_names_its_operators_with_their_shares(graph: Path) -> None:
     assert sum(layer.share for layer in layers) == pytest.approx(1.0)
     assert all(layer.calls == 1 and layer.total_us >= 0 for layer in layers)
     assert [layer.total_us for layer in layers] == sorted((layer.total_us for layer in layers), reverse=True)
+
+
+def test_openvino_opens_a_graph_that_it_fuses_wrongly_with_a_plan_that_fuses_nothing(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, compiled = _usable("openvino"), openvino._compiled
+
+    class Wrong:
+        def __init__(self, plan: Any):
+            self.plan = plan
+
+        def __call__(self, feeds: Any) -> dict[int, Any]:
+            return {0: 1.1 * next(iter(self.plan(feeds).values()))}
+
+    def faulty(model: Any, settings: dict[str, Any], where: str) -> Any:
+        plan = compiled(model, settings, where)
+        return plan if model.is_dynamic() or "SNIPPETS_MODE" in settings else Wrong(plan)
+
+    dynamic = onnx.load(graph)
+    for value in (*dynamic.graph.input, *dynamic.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(dynamic, graph)
+    out = tmp_path / "engine"
+    out.mkdir()
+    assert "beside" not in backend.convert(graph, HOST, out, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino, "_compiled", faulty)
+        meta = backend.convert(graph, HOST, out, {})
+        assert meta["beside"] == ["openvino.json"]
+        assert "fuses operators of this graph wrongly" in meta["note"]
+        assert "SNIPPETS_MODE" in meta["usage"]
+        [found] = backend.open(out / "model.onnx", threads=1, device=HOST).run({"x": X})
+        assert np.allclose(found, np.maximum(X @ np.ones((12, 3), np.float32), 0))
+    backend.convert(graph, HOST, out, {})
+    assert not (out / "openvino.json").exists()
