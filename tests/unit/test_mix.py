@@ -12,6 +12,7 @@ import onnx
 import pytest
 import timm
 import torch
+from onnxruntime.quantization import shape_inference
 
 from edgekd.backends.openvino import OpenVino
 from edgekd.console import Console
@@ -21,6 +22,9 @@ from edgekd.plan import build_plan
 from edgekd.quantize._static import _layout
 from edgekd.quantize.ptq import PTQ
 from edgekd.recipe import load
+from edgekd.stages import _common
+from edgekd.stages._partial import PartialGraphs
+from edgekd.stages._stage import Settings
 from edgekd.stages.mix import Mix, _Search
 from edgekd.stages.sensitivity import _rows
 
@@ -158,8 +162,8 @@ def test_each_operator_is_quantized_alone_and_a_refused_one_is_a_row(tmp_path: P
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("graph")
-    export_onnx(timm.create_model("resnet10t", num_classes=4).eval(), 32, folder / "m.onnx")
-    PTQ.prepare(folder / "m.onnx", folder / "prepared.onnx")
+    export_onnx(timm.create_model("resnet10t", num_classes=4).eval(), 32, folder / "model.onnx")
+    PTQ.prepare(folder / "model.onnx", folder / "prepared.onnx")
     return folder / "prepared.onnx"
 
 
@@ -223,6 +227,22 @@ def test_nodes_without_a_name_are_candidates_too(graph: Path, tmp_path: Path) ->
 def test_a_node_to_keep_that_is_not_there_is_named(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no node 'conv99'"):
         PTQ(PTQ.Config(keep_nodes=("conv99",))).quantize(graph, tmp_path / "m.onnx", batches(), "u8s8")
+
+
+def test_a_graph_that_onnxruntime_cannot_prepare_ends_a_search_with_its_reason(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no optimizer for it\nand a stack of C++")
+
+    monkeypatch.setattr(shape_inference, "quant_pre_process", fails)
+    for name in ("open_dataset", "drawn"):
+        monkeypatch.setattr(_common, name, lambda *_: None)
+    inputs: Any = {"graph": SimpleNamespace(path=graph.parent, json=lambda _: {}), "data": None}
+    settings = Settings("quantize.mix", Mix.Config(), "ptq", PTQ.Config(), {"flavour": "u8s8"})
+    with pytest.raises(BackendError, match=r"the graph cannot be quantized: no optimizer for it$") as caught:
+        PartialGraphs(settings, settings.config, inputs, tmp_path, SimpleNamespace())  # type: ignore[arg-type]
+    assert (caught.value.exit_code, "leave the quantize stage out" in str(caught.value.hint)) == (5, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
