@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from edgekd.recipe import load
 from edgekd.stages import _common
 from edgekd.stages._partial import PartialGraphs
 from edgekd.stages._stage import Settings
-from edgekd.stages.mix import Mix, _Search
+from edgekd.stages.mix import _TRIES, Mix, _Search
 from edgekd.stages.sensitivity import _rows
 
 NODES = [f"n{i}" for i in range(20)]  # in the order of the graph
@@ -59,13 +60,14 @@ class Search(_Search):
         return found * 1.01
 
     def _compared(self, chosen: set[str], other: set[str] | None) -> dict[str, Any]:
-        return {"ratio": self.cost(chosen)}
+        ratio = self.cost(chosen)
+        return {"ratio": ratio, "ci95": [ratio * 0.99, ratio * 1.01]}
 
     def _scores(self, chosen: set[str]) -> Any:
         return np.full(4, -self.drop(chosen) if chosen else 0.0)
 
-    def _steepest(self, best: set[str], count: int) -> list[str]:
-        return [max(best, key=NODES.index)]
+    def _steepest(self, best: set[str]) -> list[str]:
+        return sorted(best, key=NODES.index, reverse=True)
 
 
 def additive(gains: dict[str, float]) -> Callable[[set[str]], float]:
@@ -123,6 +125,103 @@ def test_the_operator_that_costs_most_accuracy_for_its_gain_goes_back_first() ->
     found = search.run()
     assert {NODES[4], NODES[9]} <= set(found["keep"])
     assert len(found["keep"]) <= 4  # two at a time
+
+
+ALL_GAIN = additive(dict.fromkeys(NODES, 0.03))
+
+
+def judged(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [t for t in found["trials"] if "drop" in t]
+
+
+def test_where_known_operators_cost_nothing_they_stay_and_others_go_back() -> None:
+    search = Search(ALL_GAIN, 10, drop=lambda chosen: 0.05 * (NODES[19] in chosen), alone=tuple(NODES[:6]))
+    assert search.run()["keep"] == [NODES[19]]  # its neighbour, which went with it, came again
+
+
+def test_where_no_known_operator_is_in_the_set_others_go_back() -> None:
+    gains = dict.fromkeys(NODES, 0.03) | {NODES[0]: -0.03}
+    search = Search(additive(gains), 40, drop=lambda chosen: 0.05 * (NODES[19] in chosen), alone=(NODES[0],))
+    assert search.run()["keep"] == [NODES[0], NODES[19]]
+
+
+def test_all_of_the_operators_that_cost_accuracy_go_back_though_some_are_known_and_some_are_not() -> None:
+    losing = {NODES[2], NODES[3], NODES[17]}
+    search = Search(ALL_GAIN, 40, drop=lambda chosen: 0.02 * len(losing & chosen), alone=tuple(NODES[:6]))
+    assert losing <= set(search.run()["keep"])
+
+
+@pytest.mark.parametrize("evaluations", [1, 10, 60])
+@pytest.mark.parametrize("alone", [(), tuple(NODES)])
+def test_an_accuracy_that_never_comes_back_ends_with_nothing_after_a_bounded_number_of_tries(
+    evaluations: int, alone: tuple[str, ...]
+) -> None:
+    search = Search(ALL_GAIN, evaluations, drop=lambda chosen: 0.5, alone=alone)
+    found = search.run()
+    assert 1 < len(judged(found)) <= _TRIES
+    assert (found["quantized"], found["chosen"]) == (0, "before")
+    assert "loses at most 1 points" in found["why"]
+
+
+@pytest.mark.parametrize("accurate", [1, 2, 3, 7, 19])
+def test_however_few_operators_keep_the_accuracy_some_are_found(accurate: int) -> None:
+    found = Search(ALL_GAIN, 10, drop=lambda chosen: 0.5 * (len(chosen) > accurate)).run()
+    assert found["quantized"] == accurate
+
+
+def test_the_search_for_accuracy_shows_its_progress() -> None:
+    shown: list[tuple[str, float, list[float]]] = []
+
+    class Told(Console):
+        @contextmanager
+        def bar(self, name: str, total: float) -> Iterator[Any]:
+            shown.append((name, total, []))
+            yield SimpleNamespace(update=lambda done, **_: shown[-1][2].append(done))
+
+    search = Search(ALL_GAIN, 10, drop=lambda chosen: 0.002 * len(chosen))
+    search.ctx.console = Told(quiet=True)
+    found = search.run()
+    assert [name for name, *_ in shown] == ["search", "accuracy"]
+    _, total, steps = shown[1]
+    assert steps == list(range(1, len(judged(found)) + 1))
+    assert steps[-1] <= total
+
+
+def test_a_set_that_a_runtime_refuses_on_val_is_a_trial_like_others() -> None:
+    class Refusing(Search):
+        def _scores(self, chosen: set[str]) -> Any:
+            if NODES[19] in chosen:
+                raise BackendError("no kernel for it")
+            return super()._scores(chosen)
+
+    found = Refusing(ALL_GAIN, 10).run()
+    assert judged(found)[0]["drop"] is None
+    assert found["keep"] == [NODES[19]]
+
+
+def test_tensors_that_cannot_be_compared_do_not_end_the_search() -> None:
+    class Blind(Search):
+        def _steepest(self, best: set[str]) -> list[str]:
+            raise RuntimeError("onnxruntime has no such kernel")
+
+    found = Blind(ALL_GAIN, 10, drop=lambda chosen: 0.05 * (NODES[0] in chosen)).run()
+    assert found["keep"] == [NODES[0]]  # the least dense
+
+
+def test_what_is_left_must_still_be_faster_than_fp32() -> None:
+    found = Search(lambda chosen: 0.8 if len(chosen) == 20 else 1.02, 1, drop=lambda chosen: 0.05 * (NODES[19] in chosen)).run()
+    assert (found["quantized"], found["keep"], found["chosen"]) == (0, sorted(NODES), "before")
+    assert "19 of 20 operators in int8 are not certainly faster than fp32 at the end: 1.02x" in found["why"]
+
+
+def test_what_cannot_be_measured_at_the_end_is_not_kept() -> None:
+    class Refusing(Search):
+        def _compared(self, chosen: set[str], other: set[str] | None) -> dict[str, Any]:
+            raise BackendError("no kernel for it")
+
+    found = Refusing(ALL_GAIN, 10).run()
+    assert (found["quantized"], found["chosen"]) == (0, "before")
+    assert "could not be measured" in found["why"]
 
 
 # ------------------------------------------------------------------------------------------------------------ one operator at a time
