@@ -298,7 +298,8 @@ class _Planner:
     def _start(self) -> Ref:
         recipe = self.recipe
         if recipe.model.onnx is not None:
-            name = self._add("model", "read_graph", recipe.model, {"data": "data"}, facts=_file_facts(recipe.model.onnx), user=True)
+            facts = _file_facts(recipe.model.onnx) | {"quantizes": any(kind == "quantize" for kind, _ in self.loaded.stages)}
+            name = self._add("model", "read_graph", recipe.model, {"data": "data"}, facts=facts, user=True)
             self.plan.graphs["model"] = name
             self._measured("model", name)
             return name
@@ -502,15 +503,16 @@ class _Planner:
 
     # ------------------------------------------------------------------------------------------------ targets
     def _target(self, target: Target, graph: Ref, model: Ref | None) -> None:
-        """What ships to one target: its quantizing stages one after the other, each gated, or a race between all candidates."""
+        """What ships to one target: of its quantizing stages, each of which starts from the graph in fp32 (a rounded one is refused), what the last
+        gate chose between it and what was kept before; or a race between all candidates."""
         if target.raced:
             self._race(target, graph, model)
             return
         current = graph
         for settings in self._quantizing(target):
             name = self._own_name(settings.name, target)
-            mix = self._mix(name, settings, target, current)
-            step = self._quantized(name, settings, target, current, model, mix)
+            mix = self._mix(name, settings, target, graph)
+            step = self._quantized(name, settings, target, graph, model, mix)
             self._measured(name, step)
             gate = self._gate(name, current, step, note=mix, target=target)
             self.plan.segments.append(Segment(gate, (name,)))

@@ -534,10 +534,7 @@ def resolved(loaded: Loaded) -> list[dict[str, Any]]:
             for key, item in value.items():
                 walk(f"{path}.{key}" if path else str(key), item)
             return
-        source = next(
-            (loaded.sources[p] for p in _prefixes(path) if p in loaded.sources and p.count(".") >= path.count(".") - 1), "default"
-        )
-        rows.append({"path": path, "value": value, "source": loaded.sources.get(path, source if isinstance(value, list) else "default")})
+        rows.append({"path": path, "value": value, "source": loaded.sources.get(path, "default")})
 
     walk("", loaded.recipe.model_dump(mode="json"))
     for kind, settings in loaded.stages:
@@ -548,8 +545,3 @@ def resolved(loaded: Loaded) -> list[dict[str, Any]]:
             body |= settings.method_config.model_dump(mode="json")
         walk(settings.name, body)
     return rows
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
