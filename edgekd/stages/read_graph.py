@@ -26,11 +26,12 @@ class ReadGraph:
     Config = ModelConfig
     takes: Mapping[str, Kind] = {"data": Kind.DATA}
     gives = Kind.GRAPH
-    version = 2
+    version = 3
     libraries = ("onnx",)
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.opset import opset_of, raised
+        from edgekd.export.precision import precision_of
         from edgekd.safeio.onnxfile import check_onnx
         from edgekd.stages._common import open_dataset, unchanged
 
@@ -50,7 +51,7 @@ class ReadGraph:
             raise OnnxRefused(
                 f"its input is {size} x {size} pixels, the data are {dataset.image_size}",
                 where=str(config.onnx),
-                hint=f"-o data.image_size={size}",
+                hint=f"-o {'data' if dataset.labelled else 'samples'}.image_size={size}",
             )
         if config.mean is None or config.std is None:
             ctx.console.warn(
@@ -59,7 +60,7 @@ class ReadGraph:
         mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
         names = {"input": entry.name, "output": proto.graph.output[0].name}
         batch = int(entry.type.tensor_type.shape.dim[0].dim_value) or None
-        facts = names | {"fixed_batch": batch, "image_size": dataset.image_size, "mean": mean, "std": std, "precision": "fp32"}
+        facts = names | {"fixed_batch": batch, "image_size": dataset.image_size, "mean": mean, "std": std, "precision": precision_of(proto)}
         (out / FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         return {"arch": config.onnx.stem, "nodes": len(proto.graph.node)}
 
