@@ -151,7 +151,7 @@ class _Summary:
         }
 
     def _measured_row(self, name: str, step: str) -> dict[str, Any]:
-        body = self.done.artifacts[self.plan.metrics[step]].json("metrics.json")
+        body = self._metrics_of(self.plan.metrics.get(step))
         return {
             "name": name,
             **_metric(body),
@@ -159,6 +159,11 @@ class _Summary:
             "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines[step]]),
             "latency_ms": self._latency(step),
         }
+
+    def _metrics_of(self, step: str | None) -> dict[str, Any]:
+        """What a step of `evaluate` measured; nothing where there was none, for want of data."""
+        found = self.done.artifacts.get(step or "")
+        return dict(found.json("metrics.json")) if found else {"metric_name": None, "metrics": {}, "confusion": None}
 
     def _verdict(self, step: str) -> dict[str, Any]:
         for segment in self.plan.segments:
@@ -188,7 +193,7 @@ class _Summary:
     # ------------------------------------------------------------------------------------------------ targets
     def _target(self, target: Target) -> dict[str, Any]:
         name = target.name
-        bundle, test = self.done.artifacts[f"{name}.bundle"], self.done.artifacts[f"{name}.test"].json("metrics.json")
+        bundle, test = self.done.artifacts[f"{name}.bundle"], self._metrics_of(f"{name}.test")
         trace = self.done.artifacts[f"{name}.profile"].json("trace.json")["latency"]["shipped"]
         graph = self.done.resolve(self.plan.shipped[name])
         measured, race = target.runs_here, self.plan.races.get(name)
@@ -221,7 +226,8 @@ class _Summary:
             row |= {
                 "budget_met": None,
                 "predicted_ms": _predicted(bundle, target),
-                "reason": f"{name} is not this machine: latency was not measured, accuracy and size were judged here on onnxruntime"
+                "reason": f"{name} is not this machine: latency was not measured"
+                + (", accuracy and size were judged here on onnxruntime" if self.recipe.data is not None else "")
                 + (f"; {reason}" if missed else ""),
             }
         return row
@@ -250,7 +256,9 @@ class _Summary:
                 "interval": None,
                 "met": None,
                 "reference": None,
-                "reason": "there is no teacher to compare with on test; gates compared on val",
+                "reason": "there is no teacher to compare with on test; gates compared on val"
+                if self.recipe.data is not None
+                else "there are no data: accuracy was not measured",
             }
         task = registry.load("task", self.recipe.task)()
         labels = np.load(reference.path / "labels.npy")
@@ -317,7 +325,7 @@ class _Summary:
         return found
 
     def _confusion(self) -> dict[str, Any] | None:
-        table = self.done.artifacts[f"{self.first.name}.test"].json("metrics.json")["confusion"]
+        table = self._metrics_of(f"{self.first.name}.test")["confusion"]
         return {"labels": self.done.artifacts["data"].json("index.json")["classes"], "matrix": table} if table else None
 
     def _parity(self) -> list[dict[str, Any]]:
@@ -325,7 +333,7 @@ class _Summary:
 
 
 def _metric(body: Mapping[str, Any]) -> dict[str, Any]:
-    return {"metric": body["metrics"][body["metric_name"]], "metric_name": body["metric_name"]}
+    return {"metric": body["metrics"].get(body["metric_name"]), "metric_name": body["metric_name"]}
 
 
 def _predicted(bundle: Artifact, target: Target) -> dict[str, Any] | None:

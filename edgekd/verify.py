@@ -179,6 +179,7 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     """
     from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits
     from edgekd.export.parity import LIMITS, coarser, compare
+    from edgekd.profile.precision import precision_of
     from edgekd.profile.report import model_file_of
     from edgekd.safeio.onnxfile import check_onnx, fed_inputs
     from edgekd.tasks.classification import Classification
@@ -191,7 +192,7 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
         raise OnnxRefused(told, where=str(model), expected="two forms of one model: one input of one shape")
     images, source = _samples(files, _shape(inputs[0][0]))
     feeds = [{i[0].name: images} for i in inputs]
-    precisions = [_precision(p) for p in protos]
+    precisions = [precision_of(p) for p in protos]
     twins = [n.op_type for n in protos[0].graph.node] == [n.op_type for n in protos[1].graph.node]
     coarsest = "fp32" if twins else coarser(*precisions)  # the same operations round alike
     outputs = [_opened(f).run(feed)[0] for f, feed in zip(files, feeds, strict=True)]
@@ -240,16 +241,6 @@ def _samples(files: list[Path], shape: tuple[int | None, ...]) -> tuple[Any, str
         raise OnnxRefused(f"its input is {shape}", where=str(files[0]), expected="fixed sizes but the batch")
     sizes = (shape[0] or _RANDOM_SAMPLES, *(d or 1 for d in shape[1:]))
     return np.random.default_rng(0).standard_normal(sizes, dtype=np.float32), "seeded noise: no sample images lie beside the files"
-
-
-def _precision(proto: Any) -> str:
-    if any(n.op_type == "DequantizeLinear" for n in proto.graph.node):
-        return "int8"
-    if any(t.data_type == t.INT8 and len(t.dims) == 2 for t in proto.graph.initializer):
-        return "int8_weights"
-    if any(t.name.endswith(".planes") and t.data_type == t.UINT8 for t in proto.graph.initializer):
-        return "codebook"
-    return "fp16" if any(t.data_type == t.FLOAT16 for t in proto.graph.initializer) else "fp32"
 
 
 def _opened(file: Path) -> Any:

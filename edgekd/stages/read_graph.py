@@ -53,7 +53,8 @@ class ReadGraph:
             raise OnnxRefused(
                 f"its input is {size} x {size} pixels, the data are {dataset.image_size}",
                 where=str(config.onnx),
-                hint=f"--image-size {size} for a single command such as edgekd quantize; -o data.image_size={size} for a recipe",
+                hint=f"--image-size {size} for a single command such as edgekd quantize; "
+                f"-o {'data' if dataset.labelled else 'samples'}.image_size={size} for a recipe",
             )
         if config.mean is None or config.std is None:
             ctx.console.warn(
