@@ -226,9 +226,17 @@ def sign(bundle: Path, key: Path, *, password: Callable[[], str] | None = None) 
 
 
 def verify(
-    bundle: Path, *, against: Path | None = None, build: bool = False, signed_by: Path | None = None, console: Console | None = None
+    bundle: Path,
+    *,
+    against: Path | None = None,
+    build: bool = False,
+    signed_by: Path | None = None,
+    run_engine: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Checks a bundle: every file's hash, its sample outputs on this machine's onnxruntime and by its engine where those run here, and what differs.
+    """Checks a bundle: every file's hash, its sample outputs on this machine's onnxruntime and by its own runtime, and what differs.
+
+    An engine, which is code, is run only where it was signed by whom you name, built here just now, or with `run_engine`.
 
     With `signed_by`, a public key in PEM, it must carry a signature by that key. With `build`, its engine is first built again by this
     machine's runtime, and a signature removed.
@@ -241,7 +249,7 @@ def verify(
     if against is not None:
         return verify_against(bundle, against)
     unsigned = build and rebuild(bundle, console or RealConsole(quiet=True))["unsigned"]
-    found = verify_bundle(bundle, signed_by=signed_by)
+    found = verify_bundle(bundle, signed_by=signed_by, run_engine=run_engine or build)
     return found | {"signature": "removed: the manifest changed with the engine; sign it again"} if unsigned else found
 
 

@@ -490,6 +490,9 @@ def verify(
     signed_by: Annotated[
         Path | None, typer.Option(metavar="PUBLIC.pem", help="The bundle must be signed by this key's private half.")
     ] = None,
+    run_engine: Annotated[
+        bool, typer.Option("--run-engine", help="Run its engine, which is code, though no signature was checked.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check a bundle: every byte, its signature and its sample outputs; or one form of a model against another, down to the node."""
@@ -502,7 +505,7 @@ def verify(
             f"--signed-by and {'--build' if build else '--against'} do not go together", hint="check the signature first, alone"
         )
     console = Console(json_mode=json)
-    found = check_bundle(bundle, against=against, build=build, signed_by=signed_by, console=console)
+    found = check_bundle(bundle, against=against, build=build, signed_by=signed_by, run_engine=run_engine, console=console)
     if json:
         console.json(found)
     elif against is None:

@@ -135,7 +135,7 @@ class OpenVino:
             )
         }
 
-    def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> OpenVinoSession:
+    def open(self, engine: Path, *, threads: int, device: DeviceProfile, options: Mapping[str, Any] | None = None) -> OpenVinoSession:
         settings = _settings(threads) | (_UNFUSED if engine.with_name(_PLAN).is_file() else {})
         return OpenVinoSession(_read(engine), settings, engine.name)
 

@@ -53,7 +53,7 @@ class Bundle:
         "parity": Kind.METRICS,
     }
     gives = Kind.BUNDLE
-    version = 4
+    version = 5
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -77,7 +77,6 @@ class Bundle:
         body = {
             "schema": "edgekd.bundle/1",
             "model_file": "model.onnx",
-            "engine_file": model_file,
             "input": facts["input"],
             "output": facts["output"],
             "fixed_batch": facts["fixed_batch"],

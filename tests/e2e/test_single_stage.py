@@ -274,9 +274,10 @@ def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result
     for name, words in names.items():
         bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / name.replace("/", "_")))
         shutil.copyfile(bundle / "model.onnx", bundle / "model.ort")  # a sound graph, of which onnxruntime would read something else
-        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name, "engine_file": name}
+        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name}
         (bundle / "bundle.json").write_text(json.dumps(facts))
         manifest = json.loads((bundle / MANIFEST).read_text())
+        manifest["engine"]["file"] = name
         (bundle / MANIFEST).unlink()
         write_manifest(bundle, {k: v for k, v in manifest.items() if k not in ("schema", "files", "digest")})
         result = run_here("verify", bundle)
@@ -290,9 +291,8 @@ def test_verify_opens_no_graph_as_an_engine_that_nobody_checked(exported: Result
 
     bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / "b"))
     (bundle / "other.onnx").write_bytes(b"not read by anyone")
-    facts = json.loads((bundle / "bundle.json").read_text()) | {"engine_file": "other.onnx"}
-    (bundle / "bundle.json").write_text(json.dumps(facts))
     manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["engine"]["file"] = "other.onnx"
     (bundle / MANIFEST).unlink()
     write_manifest(bundle, {k: v for k, v in manifest.items() if k not in ("schema", "files", "digest")})
     for command in (("verify", bundle), ("profile", bundle)):
