@@ -102,6 +102,22 @@ def test_the_bill_of_materials_reads_back_with_the_manifests_hashes_and_the_card
     assert "torch fp32 -> ONNX fp32" in card
 
 
+@pytest.mark.parametrize("method", ["ptq", "fp16", "weight_only"])  # fp16 would be left out on a CPU, with exit 0
+def test_a_file_that_is_quantized_already_is_refused_before_anything_is_measured(
+    exported: Result, photos: Path, tmp_path: Path, method: str
+) -> None:
+    import numpy as np
+
+    from edgekd.quantize.ptq import PTQ
+
+    images = np.zeros((4, 3, 32, 32), np.float32) + np.linspace(-1, 1, 32, dtype=np.float32)
+    PTQ(PTQ.Config()).quantize(bundle_of(exported) / "model.onnx", tmp_path / "mine.onnx", iter([images]), "u8s8")
+    refused = single("quantize", tmp_path / "mine.onnx", photos, tmp_path / "run", "--method", method)
+    assert (refused.code, refused.json()["error"]["where"]) == (3, str(tmp_path / "mine.onnx"))
+    assert "DequantizeLinear" in refused.json()["error"]["what"]
+    assert "model.engine" not in refused.err
+
+
 def test_the_exported_graph_computes_what_the_weights_do(exported: Result, weights: Path) -> None:
     import numpy as np
     import onnxruntime
