@@ -15,19 +15,9 @@ from edgekd.backends.openvino import OpenVino
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
 from tests.support import Result, run_here, write_images
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "stored")
 needs_rtx = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
 needs_openvino = pytest.mark.skipif(OpenVino().available() is not None, reason=str(OpenVino().available()))
-
-
-@pytest.fixture(scope="module")
-def own_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compile-home")
-
-
-@pytest.fixture(autouse=True)
-def _store(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEKD_HOME", str(own_store))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,17 +16,7 @@ from tests.support import REPOSITORY, Result, run_here, write_images, write_keys
 
 RESNET_CIFAR = REPOSITORY / "recipes" / "cifar10" / "resnet_cifar.py"
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
-@pytest.fixture(scope="module")
-def own_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("single-home")
-
-
-@pytest.fixture(autouse=True)
-def _store(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEKD_HOME", str(own_store))
+pytestmark = pytest.mark.usefixtures("quick", "stored")
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +241,17 @@ def test_an_onnx_file_for_other_images_is_refused(photos: Path, tmp_path: Path) 
     result = single("quantize", onnx_net(tmp_path / "m.onnx", 3, batch=1, shape=(32, 24)), photos, tmp_path / "run")
     assert result.code == 3, result.text
     assert "it is not a classifier of square images" in result.err
+
+
+def test_outputs_that_are_not_finite_are_counted_and_said(photos: Path, tmp_path: Path) -> None:
+    path = onnx_net(tmp_path / "m.onnx", 3)
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1e30), tensor.name))
+    onnx.save(proto, path)
+    result = single("export", path, photos, tmp_path / "run")
+    assert "images are not finite" in result.err, result.text
 
 
 @pytest.mark.parametrize("batch", [3, 16])
