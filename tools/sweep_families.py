@@ -96,7 +96,7 @@ def examine(arch: str, size: int, answers: Any, arguments: dict[str, Any] | None
 
         def apart(node: Any) -> bool:
             onnx.save(Extractor(whole).extract_model([INPUT], [node.output[0]]), cut)
-            a, b = (run(name, cut).astype(np.float64) for name in ("onnxruntime", backend))
+            a, b = (run(name, cut, 1).astype(np.float64) for name in ("onnxruntime", backend))
             return float(np.abs(a - b).mean()) > _APART * float(np.abs(a).mean())
 
         first = next(filter(apart, nodes))
@@ -107,8 +107,8 @@ def examine(arch: str, size: int, answers: Any, arguments: dict[str, Any] | None
         behind = f" behind {made[before].op_type}" if before in made else ""
         return f"{first.op_type}{behind} ('{first.name}')"
 
-    def run(backend: str, graph: Path) -> Any:
-        batch = batches[backend]
+    def run(backend: str, graph: Path, batch: int = 0) -> Any:
+        batch = batch or batches[backend]
         runner, out = registry.load("backend", backend)(), Path(tempfile.mkdtemp(dir=folder))
         session = runner.open(out / runner.convert(graph, host, out, {}, batch=batch)["model_file"], threads=1, device=host)
         return np.concatenate([session.run({INPUT: images[i : i + batch]})[0] for i in range(0, _IMAGES, batch)])
