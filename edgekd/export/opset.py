@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgekd.backends._own_file import EXPECTED, EXPORT_AGAIN, NEWEST, OLDEST, too_new
 from edgekd.errors import OnnxRefused
 
-OLDEST, NEWEST = 7, 26  # what onnxruntime 1.31 runs, and the newest that it supports officially
 QUANTIZES = 13  # scales along an axis came with it
 _TARGET = 18
 _CLOSE = 1e-4  # of the largest output; a converter that changes more has changed the model
-_EXPECTED = f"opset {OLDEST} to {NEWEST}"
-_AGAIN = f"export it again: torch.onnx.export(..., opset_version={_TARGET})"
 
 
 def opset_of(proto: Any) -> int:
@@ -27,7 +25,7 @@ def raised(proto: Any, where: str) -> Any:
     if found > NEWEST:
         raise too_new(found, where)
     if found < OLDEST:
-        raise OnnxRefused(f"it uses opset {found}, older than runtimes take", where=where, expected=_EXPECTED, hint=_AGAIN)
+        raise OnnxRefused(f"it uses opset {found}, older than runtimes take", where=where, expected=EXPECTED, hint=EXPORT_AGAIN)
     if found >= QUANTIZES:
         return proto
     try:
@@ -39,21 +37,16 @@ def raised(proto: Any, where: str) -> Any:
             f"it uses opset {found} and cannot be brought to {_TARGET}: {(str(problem).strip() or type(problem).__name__).splitlines()[0][:200]}",
             where=where,
             expected=f"opset {QUANTIZES} to {NEWEST}",
-            hint=_AGAIN,
+            hint=EXPORT_AGAIN,
         ) from problem
     if not error <= _CLOSE:
         raise OnnxRefused(
             f"it uses opset {found}, and brought to {_TARGET} its outputs differ by {error:.1e} of the largest",
             where=where,
             expected=f"opset {QUANTIZES} to {NEWEST}",
-            hint=_AGAIN,
+            hint=EXPORT_AGAIN,
         )
     return newer
-
-
-def too_new(opset: int, where: str) -> OnnxRefused:
-    """The refusal of a file with newer operators than runtimes have."""
-    return OnnxRefused(f"it uses opset {opset}, newer than runtimes take", where=where, expected=_EXPECTED, hint=_AGAIN)
 
 
 def _difference(old: Any, new: Any) -> float:

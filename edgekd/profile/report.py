@@ -23,7 +23,7 @@ def profile_model(
     model: Path, *, device: str, backend: str, threads: int, batch: int, layers: bool, via: str | None, seconds: float
 ) -> dict[str, Any]:
     """Measures on this machine; raises DeviceError where the device is another one, OnnxRefused for a file that is refused."""
-    from edgekd.export.own import own_file
+    from edgekd.backends._own_file import own_file
     from edgekd.profile.device import load_device
     from edgekd.profile.footprint import load_facts
     from edgekd.profile.measure import PROTOCOL, measure

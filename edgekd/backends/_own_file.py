@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.errors import GraphRefused, OnnxRefused
-from edgekd.export.opset import too_new
 from edgekd.safeio.onnxfile import stamp_hint
 
+OLDEST, NEWEST = 7, 26  # opsets that onnxruntime 1.31 runs, and the newest that it supports officially
+EXPECTED, EXPORT_AGAIN = f"opset {OLDEST} to {NEWEST}", "export it again: torch.onnx.export(..., opset_version=18)"
 _OPSET = re.compile(r"Opset (\d+) is under development")
 _IR = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
 _TWICE = re.compile(r"two nodes with same node name \((.*)\)")
@@ -30,6 +31,11 @@ def own_file(path: Path, proto: Any) -> Iterator[None]:
         yield
     except GraphRefused as problem:
         raise _refusal(problem, str(path), proto) from problem
+
+
+def too_new(opset: int, where: str) -> OnnxRefused:
+    """The refusal of a file with newer operators than runtimes have."""
+    return OnnxRefused(f"it uses opset {opset}, newer than runtimes take", where=where, expected=EXPECTED, hint=EXPORT_AGAIN)
 
 
 def _refusal(problem: GraphRefused, where: str, proto: Any) -> OnnxRefused:
