@@ -15,9 +15,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.backends._own_file import own_file
 from edgekd.backends.openvino import OpenVino
 from edgekd.errors import GraphRefused, OnnxRefused
-from edgekd.export.own import own_file
 from tests.support import Result, run_here
 
 needs_openvino = pytest.mark.skipif(OpenVino().available() is not None, reason=str(OpenVino().available()))

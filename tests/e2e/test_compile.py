@@ -77,7 +77,6 @@ def test_an_onnx_file_alone_is_built_checked_and_measured_for_this_machine(model
     assert result.code == 0, result.err
     [target] = result.json()["targets"]
     assert (target["backend"], target["measured"], target["metric"]) == (backend, True, None)
-    assert target["latency_ms"]["p50"] > 0
     rungs = [(r["rung"], r["ok"], "metric_lost" in r) for r in result.json()["parity"]]
     assert rungs == ([("ONNX fp32 -> openvino", True, False)] if backend == "openvino" else [])
     assert run_here("verify", bundle_of(result)).code == 0
