@@ -50,6 +50,7 @@ def examine(arch: str, size: int, answers: Any, arguments: dict[str, Any] | None
     import torch
 
     from edgekd import registry
+    from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits
     from edgekd.export.onnx import INPUT, export_onnx
     from edgekd.export.parity import compare
     from edgekd.profile.device import load_device
@@ -82,9 +83,20 @@ def examine(arch: str, size: int, answers: Any, arguments: dict[str, Any] | None
         """The int8 graph of a runtime; where that one gets other outputs from it than onnxruntime, the first operator at which they part."""
         graph = int8(host.flavour_for(backend))
         words = judged(wanted, run(backend, graph), "int8")
-        if words == "ok" or backend == "onnxruntime" or judged(wanted, run("onnxruntime", graph), "int8") != "ok":
+        if words == "ok":
             return words
+        if backend == "onnxruntime" or judged(wanted, run("onnxruntime", graph), "int8") != "ok":
+            return f"{words}; rounding costs most at {costly(graph)}"
         return f"{words}; onnxruntime computes the same file right, they part at {parting(graph, backend)}"
+
+    def costly(graph: Path) -> str:
+        """The operator at which the rounded graph turns away most from the fp32 one."""
+        import onnx
+
+        few = {INPUT: images[: min(batch, 8)]}
+        tensors = compare_tensors(onnx.load(fp32), onnx.load(graph), few, few)
+        worst = [first_break(tensors, **tensor_limits("int8")) or next(iter(steepest(tensors, 1)), None)]
+        return ", ".join(f"{t.op} ('{t.node}')" for t in worst if t) or "no single operator"
 
     def parting(graph: Path, backend: str) -> str:
         """The first operator, each time of a graph that ends there: a runtime fuses as in the whole."""
