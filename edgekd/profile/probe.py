@@ -1,7 +1,7 @@
 """Run by path in a fresh process: opens one engine, runs it once, reports how long that took and how much memory it needed.
 
 Request on stdin: {"backend", "engine", "device", "threads", "inputs": {name: [dtype, shape]}}.
-Reply on stdout: {"load_ms", "peak_mib"} or {"error"}.
+Reply on stdout: {"load_ms", "peak_mib"}, or {"error", "graph": 1 where the runtime refuses the graph, "where", "expected", "hint"}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def main() -> None:
     try:
         reply: dict[str, Any] = load_and_run(**request)
     except Exception as err:  # whatever went wrong is the answer
-        reply = {"error": str(err) or type(err).__name__}
+        reply = {"error": getattr(err, "what", None) or str(err) or type(err).__name__, "graph": int(getattr(err, "code", "") == "graph")}
+        reply |= {n: said for n in ("where", "expected", "hint") if (said := getattr(err, n, None))}
     sys.stdout.write(json.dumps(reply))
 
 

@@ -134,6 +134,19 @@ def test_a_graph_that_is_quantized_already_is_judged_as_one(model: Path, tmp_pat
     assert "8-bit integers" in (bundle_of(result) / "MODEL_CARD.md").read_text()
 
 
+@needs_rtx
+def test_what_the_builder_refuses_is_named_by_the_users_file_and_the_step(model: Path, tmp_path: Path) -> None:
+    from edgekd.quantize.ptq import PTQ
+
+    images = np.random.default_rng(0).standard_normal((32, 3, 32, 32), dtype=np.float32)
+    PTQ(PTQ.Config()).quantize(model, tmp_path / "x86.onnx", iter([images]), "u8s8")
+    result = compiled(tmp_path / "x86.onnx", tmp_path / "run", "--device", "rtx4090")
+    assert result.code == 5
+    error = result.json()["error"]
+    assert error["where"] == f"{tmp_path / 'x86.onnx'}, step 'rtx4090.compile'"
+    assert "edgekd quantize MODEL --data FOLDER --device rtx4090" in error["hint"]
+
+
 def test_export_needs_no_data_either_and_gives_the_script_that_builds_on_the_device(model: Path, tmp_path: Path) -> None:
     result = run_here("export", model, "--device", "jetson-orin-nano", "--out", tmp_path / "run", "--json")
     assert result.code == 0, result.err
