@@ -180,6 +180,7 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     """
     from edgekd.backends._own_file import own_file
     from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits
+    from edgekd.export.own import own_file
     from edgekd.export.parity import LIMITS, coarser, compare
     from edgekd.profile.precision import precision_of
     from edgekd.profile.report import model_file_of
@@ -198,8 +199,8 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     twins = [n.op_type for n in protos[0].graph.node] == [n.op_type for n in protos[1].graph.node]
     coarsest = "fp32" if twins else coarser(*precisions)  # the same operations round alike
     outputs = []
-    for given, file, proto, feed in zip((reference, model), files, protos, feeds, strict=True):
-        with own_file(given, proto):
+    for given, file, feed in zip((reference, model), files, feeds, strict=True):
+        with own_file(given):
             outputs.append(_opened(file).run(feed)[0])
     if outputs[0].shape != outputs[1].shape:
         raise OnnxRefused(f"outputs {outputs[1].shape} and {outputs[0].shape}", where=str(model), expected="two forms of one model")

@@ -72,6 +72,10 @@ class OpenVinoSession:
             raise BackendError(f"openvino cannot run this input: {_first_line(error)}", where=self._where) from error
         return [found[name].copy() for name in self.output_names]  # the request reuses its memory
 
+    def ready(self, feeds: Feeds) -> None:
+        """Compiles the plan that inputs of these shapes are computed by."""
+        self._request(feeds)
+
     def _request(self, feeds: Feeds) -> Any:
         single = all(value.shape[:1] == (1,) for value in feeds.values())
         if single not in self._requests:

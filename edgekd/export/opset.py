@@ -10,6 +10,8 @@ from edgekd.errors import OnnxRefused
 QUANTIZES = 13  # scales along an axis came with it
 _TARGET = 18
 _CLOSE = 1e-4  # of the largest output; a converter that changes more has changed the model
+_EXPECTED = f"opset {OLDEST} to {NEWEST}"
+_AGAIN = f"export it again: torch.onnx.export(..., opset_version={_TARGET})"
 
 
 def opset_of(proto: Any) -> int:
@@ -25,7 +27,7 @@ def raised(proto: Any, where: str) -> Any:
     if found > NEWEST:
         raise too_new(found, where)
     if found < OLDEST:
-        raise OnnxRefused(f"it uses opset {found}, older than runtimes take", where=where, expected=EXPECTED, hint=EXPORT_AGAIN)
+        raise OnnxRefused(f"it uses opset {found}, older than runtimes take", where=where, expected=_EXPECTED, hint=_AGAIN)
     if found >= QUANTIZES:
         return proto
     try:
@@ -37,16 +39,21 @@ def raised(proto: Any, where: str) -> Any:
             f"it uses opset {found} and cannot be brought to {_TARGET}: {(str(problem).strip() or type(problem).__name__).splitlines()[0][:200]}",
             where=where,
             expected=f"opset {QUANTIZES} to {NEWEST}",
-            hint=EXPORT_AGAIN,
+            hint=_AGAIN,
         ) from problem
     if not error <= _CLOSE:
         raise OnnxRefused(
             f"it uses opset {found}, and brought to {_TARGET} its outputs differ by {error:.1e} of the largest",
             where=where,
             expected=f"opset {QUANTIZES} to {NEWEST}",
-            hint=EXPORT_AGAIN,
+            hint=_AGAIN,
         )
     return newer
+
+
+def too_new(opset: int, where: str) -> OnnxRefused:
+    """The refusal of a file with newer operators than runtimes have."""
+    return OnnxRefused(f"it uses opset {opset}, newer than runtimes take", where=where, expected=_EXPECTED, hint=_AGAIN)
 
 
 def _difference(old: Any, new: Any) -> float:

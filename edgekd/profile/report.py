@@ -38,11 +38,11 @@ def profile_model(
         file = _engine_file(model, runtime, profile)
     if layers and not hasattr(runtime, "layers"):
         raise BackendError(f"{runtime.name} gives no time per operator", where="--layers", hint="--backend onnxruntime")
-    with _named(model, runtime.name), own_file(model, proto):
+    with _named(model, runtime.name):
         facts = load_facts(
-            file, runtime.name, device=profile, feeds=feeds, threads=threads, options=made[2]
+            file, runtime.name, device=profile, feeds=feeds, threads=threads
         )  # first: a bad engine may end the process that opens it
-        session = runtime.open(file, threads=threads, device=profile, options=made[2])
+        session = runtime.open(file, threads=threads, device=profile)
         samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
         session.close()
     found = {

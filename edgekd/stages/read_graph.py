@@ -32,7 +32,8 @@ class ReadGraph:
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.backends._own_file import own_file
         from edgekd.export.opset import opset_of, raised
-        from edgekd.profile.precision import assert_fp32, precision_of
+        from edgekd.export.own import own_file
+        from edgekd.export.precision import precision_of
         from edgekd.safeio.onnxfile import check_onnx
         from edgekd.stages._common import open_dataset, unchanged
 
@@ -62,7 +63,7 @@ class ReadGraph:
                 f"{config.onnx.name} does not say how its input is normalised: mean and std 0.5 are assumed; give --mean and --std, or model.mean and model.std"
             )
         mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
-        with own_file(config.onnx, proto):
+        with own_file(config.onnx):
             _assert_runs(out / GRAPH, entry, dataset.image_size, ctx.threads)
         names = {"input": entry.name, "output": proto.graph.output[0].name}
         batch = int(entry.type.tensor_type.shape.dim[0].dim_value) or None

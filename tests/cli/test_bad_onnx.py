@@ -15,9 +15,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.backends._own_file import own_file
 from edgekd.backends.openvino import OpenVino
 from edgekd.errors import GraphRefused, OnnxRefused
+from edgekd.export.own import own_file
 from tests.support import Result, run_here
 
 needs_openvino = pytest.mark.skipif(OpenVino().available() is not None, reason=str(OpenVino().available()))
@@ -182,11 +182,12 @@ def test_what_another_runtime_refuses_is_not_the_files_fault_and_the_hint_is_an_
         ("something else", "onnxruntime cannot open the graph: something else", "export"),
     ],
 )
-def test_onnxruntimes_words_become_a_refusal_of_the_file(words: str, said: str, way: str) -> None:
-    with pytest.raises(OnnxRefused) as caught, own_file(Path("dir/mine.onnx"), net()):
+def test_onnxruntimes_words_become_a_refusal_of_the_file(words: str, said: str, way: str, tmp_path: Path) -> None:
+    file = written(net(), tmp_path / "mine.onnx")
+    with pytest.raises(OnnxRefused) as caught, own_file(file):
         raise GraphRefused(f"onnxruntime cannot open the graph: {words}", where="model.onnx")
     assert said in caught.value.what
-    assert (caught.value.where, caught.value.exit_code) == ("dir/mine.onnx", 3)
+    assert (caught.value.where, caught.value.exit_code) == (str(file), 3)
     assert way in str(caught.value.hint)
 
 
