@@ -178,7 +178,6 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
 
     Inputs are the sample images of a bundle that one of them lies in, else seeded noise, which the answer says.
     """
-    from edgekd.backends._own_file import own_file
     from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits
     from edgekd.export.own import own_file
     from edgekd.export.parity import LIMITS, coarser, compare

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from edgekd.backends._own_file import NEWEST
 from edgekd.errors import BackendError
-from edgekd.export.opset import QUANTIZES, opset_of
+from edgekd.export.opset import NEWEST, QUANTIZES, opset_of
 
 _NEWEST = {"s8s8": 25, "x8s8": NEWEST, "u8s8": NEWEST, "u8s8_reduced": NEWEST}  # what TensorRT 11 reads ends at 25
 _WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}

@@ -1,6 +1,6 @@
 """Run by path in a fresh process: opens one engine, runs it once, reports how long that took and how much memory it needed.
 
-Request on stdin: {"backend", "engine", "device", "threads", "inputs": {name: [dtype, shape]}}.
+Request on stdin: {"backend", "engine", "device", "threads", "options", "inputs": {name: [dtype, shape]}}.
 Reply on stdout: {"load_ms", "peak_mib"}, or {"error", "graph": 1 where the runtime refuses the graph, "where", "expected", "hint"}.
 """
 
@@ -25,7 +25,9 @@ def main() -> None:
     sys.stdout.write(json.dumps(reply))
 
 
-def load_and_run(backend: str, engine: str, device: str, threads: int, inputs: dict[str, tuple[str, list[int]]]) -> dict[str, float]:
+def load_and_run(
+    backend: str, engine: str, device: str, threads: int, options: dict[str, Any], inputs: dict[str, tuple[str, list[int]]]
+) -> dict[str, float]:
     """Milliseconds until the engine is ready for inputs of these shapes, and how far the peak resident size (MiB) rose over what imports had taken before."""
     import numpy as np
 
@@ -36,7 +38,7 @@ def load_and_run(backend: str, engine: str, device: str, threads: int, inputs: d
     runtime.prepare()
     feeds = {name: np.zeros(shape, dtype) for name, (dtype, shape) in inputs.items()}
     before, start = _status_mib("VmRSS"), time.perf_counter_ns()
-    session = runtime.open(Path(engine), threads=threads, device=profile)
+    session = runtime.open(Path(engine), threads=threads, device=profile, options=options)
     if (ready := getattr(session, "ready", None)) is not None:
         ready(feeds)
     load_ms = (time.perf_counter_ns() - start) / 1e6

@@ -23,7 +23,6 @@ def profile_model(
     model: Path, *, device: str, backend: str, threads: int, batch: int, layers: bool, via: str | None, seconds: float
 ) -> dict[str, Any]:
     """Measures on this machine; raises DeviceError where the device is another one, OnnxRefused for a file that is refused."""
-    from edgekd.backends._own_file import own_file
     from edgekd.profile.device import load_device
     from edgekd.profile.footprint import load_facts
     from edgekd.profile.measure import PROTOCOL, measure
@@ -40,9 +39,9 @@ def profile_model(
         raise BackendError(f"{runtime.name} gives no time per operator", where="--layers", hint="--backend onnxruntime")
     with _named(model, runtime.name):
         facts = load_facts(
-            file, runtime.name, device=profile, feeds=feeds, threads=threads
+            file, runtime.name, device=profile, feeds=feeds, threads=threads, options=made[2]
         )  # first: a bad engine may end the process that opens it
-        session = runtime.open(file, threads=threads, device=profile)
+        session = runtime.open(file, threads=threads, device=profile, options=made[2])
         samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
         session.close()
     found = {

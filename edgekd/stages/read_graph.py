@@ -30,10 +30,9 @@ class ReadGraph:
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
-        from edgekd.backends._own_file import own_file
         from edgekd.export.opset import opset_of, raised
         from edgekd.export.own import own_file
-        from edgekd.export.precision import precision_of
+        from edgekd.profile.precision import assert_fp32, precision_of
         from edgekd.safeio.onnxfile import check_onnx
         from edgekd.stages._common import open_dataset, unchanged
 

@@ -9,9 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.backends._own_file import NEWEST, OLDEST
 from edgekd.errors import OnnxRefused
-from edgekd.export.opset import QUANTIZES, opset_of, raised
+from edgekd.export.opset import NEWEST, OLDEST, QUANTIZES, opset_of, raised
 
 
 def net(opset: int, *, op: str = "Relu") -> Any:
