@@ -81,7 +81,7 @@ def test_loading_ends_when_the_engine_is_ready_for_its_batch(
     seen, build, clock = [], getattr(module, what), probe.time.perf_counter_ns
     monkeypatch.setattr(module, what, lambda *a, **k: [seen.append("built"), build(*a, **k)][1])
     monkeypatch.setattr(probe.time, "perf_counter_ns", lambda: [seen.append("clock"), clock()][1])
-    probe.load_and_run(backend, str(path), "host", 1, {"x": ("float32", [images, 4])})
+    probe.load_and_run(backend, str(path), "host", 1, {}, {"x": ("float32", [images, 4])})
     assert seen == ["clock", "built", "clock"]
 
 
