@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from edgekd.models.spec import ModelSpec
     from edgekd.models.taps import TappedModel
     from edgekd.tasks._task import Task
+    from edgekd.train.answers import Answers
     from edgekd.train.distiller import Distiller
 
 _CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = 10.0, 0.02  # at least so far apart, and at most this part of the time
@@ -60,8 +61,8 @@ class Teacher:
     speed: Speed
     tapped: TappedModel | None = None
 
-    def __call__(self, images: Tensor) -> Outputs:
-        """Outputs for images in [0, 1]; fp32 whatever the autocast."""
+    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Outputs:
+        """Outputs for images in [0, 1]; fp32 whatever the autocast. `index` and `epoch` are for teachers whose answers are kept."""
         kind = images.device.type
         with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.speed.autocast):
             logits, taps = self.tapped(self.view(images)) if self.tapped else (self.model(self.view(images)), ())
@@ -84,7 +85,7 @@ class Job:
     speed: Speed = field(default_factory=Speed)
     distiller: Distiller | None = None
     label_weight: float = 1.0
-    teacher: Teacher | None = None
+    teacher: Teacher | Answers | None = None
     tapped: TappedModel | None = None  # the student with hooks, where the distiller needs features
     projectors: nn.Module | None = None
     device: str = "cpu"
@@ -203,7 +204,8 @@ class _Run:
         job, cfg = self.job, self.job.cfg
         classes = len(job.dataset.classes)
         index = torch.from_numpy(positions)
-        pixels = augment(images.to(job.device), index, cfg.augment, seed=job.seed, epoch=epoch)
+        view = epoch % cfg.fixed_views if cfg.fixed_views else epoch
+        pixels = augment(images.to(job.device), index, cfg.augment, seed=job.seed, epoch=view)
         target = job.task.collate(job.dataset.labels[positions], classes).to(job.device)
         mixed = mix_batch(pixels, cfg.augment, seed=job.seed, step=self.step)
         if mixed is not None:
@@ -214,7 +216,7 @@ class _Run:
         terms = {"label": job.label_weight * job.task.label_loss(student.logits, target, cfg.label_smoothing)}
         if job.distiller is not None and job.teacher is not None:
             progress = self.step / max(self.total - 1, 1)
-            terms |= job.distiller.terms(Batch(student, job.teacher(pixels), target, index, progress))
+            terms |= job.distiller.terms(Batch(student, job.teacher(pixels, index, epoch), target, index, progress))
         return terms
 
     def _checked(self, terms: dict[str, Tensor]) -> dict[str, float]:
