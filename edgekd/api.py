@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ class Options:
     require_measured: bool = False
     allow_download: bool = False
     replay: Path | None = None  # a run folder or decisions.json
+    require_built: bool = False  # a target whose engine cannot be built here is an error
     command: Sequence[str] = field(default_factory=lambda: ("edgekd", *sys.argv[1:]))
 
 
@@ -92,11 +93,15 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     console = console or RealConsole(quiet=True)
     store = store or RealStore(warn=console.warn)
     plan = build_plan(loaded, gate=options.gate, cache_dir=store.root)
+    if options.require_built:
+        _check_builders(plan)
     _check_reachable(plan, options, console)
     for note in plan.notes:
         console.warn(note)
     ctx = Context(store, console, loaded.recipe.seed, replay=read_decisions(options.replay))
-    ctx.data_root, ctx.data_workers, ctx.allow_download = loaded.recipe.data.root, loaded.recipe.data.workers, options.allow_download
+    ctx.allow_download = options.allow_download
+    if (data := loaded.recipe.data) is not None:
+        ctx.data_root, ctx.data_workers = data.root, data.workers
     _check_space(plan, ctx)
     with (
         _run_folder(options.out, loaded.name, [t.name for t in plan.targets]) as folder,
@@ -120,12 +125,14 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
 
 
 def run_single(
-    kind: str | None, body: Mapping[str, Any], own: Own, options: Options | None = None, *, console: Console | None = None
+    kind: str, body: Mapping[str, Any], own: Own, options: Options | None = None, *, console: Console | None = None
 ) -> dict[str, Any]:
-    """One stage (`prune`, `quantize`, `train`, or None for export alone) on a user's own model; returns the object of run.json."""
+    """One stage (`prune`, `quantize`, `train`, `export`, `compile`) on a user's own model; returns the object of run.json."""
     from edgekd.single import single_recipe
 
     options = options or Options()
+    if kind == "compile":  # an engine is what was asked for
+        options = replace(options, require_built=True)
     run_code(options.code)
     return run_chain(single_recipe(kind, body, own, overrides=options.overrides, devices=options.devices), options, console=console)
 
@@ -219,9 +226,17 @@ def sign(bundle: Path, key: Path, *, password: Callable[[], str] | None = None) 
 
 
 def verify(
-    bundle: Path, *, against: Path | None = None, build: bool = False, signed_by: Path | None = None, console: Console | None = None
+    bundle: Path,
+    *,
+    against: Path | None = None,
+    build: bool = False,
+    signed_by: Path | None = None,
+    run_engine: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Checks a bundle: every file's hash, its sample outputs on this machine's onnxruntime and by its engine where those run here, and what differs.
+    """Checks a bundle: every file's hash, its sample outputs on this machine's onnxruntime and by its own runtime, and what differs.
+
+    An engine, which is code, is run only where it was signed by whom you name, built here just now, or with `run_engine`.
 
     With `signed_by`, a public key in PEM, it must carry a signature by that key. With `build`, its engine is first built again by this
     machine's runtime, and a signature removed.
@@ -234,7 +249,7 @@ def verify(
     if against is not None:
         return verify_against(bundle, against)
     unsigned = build and rebuild(bundle, console or RealConsole(quiet=True))["unsigned"]
-    found = verify_bundle(bundle, signed_by=signed_by)
+    found = verify_bundle(bundle, signed_by=signed_by, run_engine=run_engine or build)
     return found | {"signature": "removed: the manifest changed with the engine; sign it again"} if unsigned else found
 
 
@@ -415,6 +430,23 @@ def _check_reachable(plan: Plan, options: Options, console: Console) -> None:
         )
     for name in away:
         console.warn(f"{name} is not this machine: its latency will be predicted, not measured")
+
+
+def _check_builders(plan: Plan) -> None:
+    from edgekd import registry
+    from edgekd.errors import BackendError
+
+    for target in plan.targets:
+        device, wanted = target.device, target.config.backend
+        names = [r.name for r in device.runtimes if r.name in registry.names("backend")] if wanted == "auto" else [target.backend]
+        builders = [b for b in (registry.load("backend", n)() for n in names) if b.builds] or [registry.load("backend", target.backend)()]
+        why = [reason for b in builders if (reason := b.builds_for(device)) is not None]
+        if len(why) == len(builders):
+            raise BackendError(
+                f"no engine can be built here: {'; '.join(why)}",
+                where=device.id,
+                hint=f"a bundle that builds its engine on the device, with build.py: edgekd export MODEL --device {device.id}",
+            )
 
 
 def _check_space(plan: Plan, ctx: Context) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import digest_of
 from edgekd.errors import BackendError, BundleRefused, FileMissing
-from edgekd.safeio.files import sha256_file, write_synced
+from edgekd.safeio.files import fsync_dir, sha256_file, write_synced
 
 if TYPE_CHECKING:
     from edgekd.backends import Backend
@@ -23,27 +23,54 @@ _ENGINE_FACTS = (
     "provider",
     "compute_capability",
     "max_batch",
+    "judged_batch",
     "shapes",
     "options",
     "flags",
     "driver",
 )  # what the manifest says of the engine
-_BUILT = (".engine", ".cache")  # endings of what a build adds: the one part of a bundle that can be made again from the rest
+BUILT = ("model.engine", "model.cache", *(f"{n}.part" for n in ("model.engine", "model.cache", "manifest.json")))
+# What a build adds, and what a killed one leaves: the one part of a bundle that can be made again from the rest.
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _HINT = "do not deploy it; make it again: edgekd compress RECIPE"
 _BUILD = "build it again on the device: edgekd verify {folder} --build, or python3 build.py in it"
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Adds manifest.json: size and SHA-256 of every file of the folder, with `facts` about where it comes from. A signature of an older one goes."""
-    (folder / SIGNATURE).unlink(missing_ok=True)
-    files = {
-        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_file(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
-    body = {"schema": "edgekd.bundle/1", "files": files, **facts}
-    write_synced(folder / MANIFEST, manifest_bytes(body))
+    """Adds manifest.json: size and SHA-256 of every file of the folder, with `facts` about where it comes from."""
+    files = {p.relative_to(folder).as_posix(): _entry(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_synced(folder / MANIFEST, manifest_bytes({"schema": "edgekd.bundle/1", "files": files, **facts}))
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def replace_built(folder: Path, new: Path, manifest: Mapping[str, Any]) -> bool:
+    """Moves what a build made in `new`, on the same disk, into a bundle, and its manifest with it; returns whether a signature went.
+
+    The manifest comes last: a kill before it leaves an engine that is not the manifest's, which building again completes. An error leaves the bundle
+    as it was. The folder itself stays, for it may be a shell's working folder, or lie behind a link.
+    """
+    made = [name for name in BUILT if (new / name).is_file()]
+    files = {n: e for n, e in manifest["files"].items() if n not in BUILT} | {n: _entry(new / n) for n in made}
+    write_synced(new / MANIFEST, manifest_bytes({**manifest, "files": files}))
+    old = new / "old"
+    old.mkdir()
+    kept = [name for name in (*BUILT, SIGNATURE, MANIFEST) if (folder / name).is_file()]
+    try:
+        for name in kept[:-1]:  # the manifest is replaced, never gone
+            (folder / name).rename(old / name)
+        for name in (*made, MANIFEST):
+            (new / name).replace(folder / name)
+    except BaseException:
+        for name in [n for n in made if n not in kept]:
+            (folder / name).unlink(missing_ok=True)
+        for name in [n for n in kept if (old / n).is_file()]:
+            (old / name).rename(folder / name)
+        raise
+    fsync_dir(folder)
+    return SIGNATURE in kept
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -52,8 +79,8 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def engine_facts(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest says of an engine, from what its builder returned."""
-    return {name: meta[name] for name in _ENGINE_FACTS if name in meta}
+    """What the manifest says of an engine, from what its builder returned. Its file stands here alone: a build changes no file that was packed."""
+    return {"file": meta["model_file"]} | {name: meta[name] for name in _ENGINE_FACTS if name in meta}
 
 
 def verify_files(folder: Path, *, rebuilding: bool = False) -> dict[str, Any]:
@@ -73,7 +100,7 @@ def verify_files(folder: Path, *, rebuilding: bool = False) -> dict[str, Any]:
             raise BundleRefused(f"'{name}' is an empty folder", where=str(folder), expected="exactly the files of the manifest", hint=_HINT)
     wanted: dict[str, Any] = body["files"]
     for what, names in (("missing", set(wanted) - set(here)), ("not in the manifest", set(here) - set(wanted) - {MANIFEST, SIGNATURE})):
-        if names := {n for n in names if not (rebuilding and n.endswith(_BUILT))}:
+        if names := {n for n in names if not (rebuilding and n in BUILT)}:
             raise BundleRefused(
                 f"{what}: {', '.join(sorted(names)[:5])}",
                 where=str(folder),
@@ -88,7 +115,7 @@ def verify_files(folder: Path, *, rebuilding: bool = False) -> dict[str, Any]:
             hint="remove it, or copy the bundle again",
         )
     for name, entry in wanted.items():
-        if rebuilding and name.endswith(_BUILT):
+        if rebuilding and name in BUILT:
             continue
         if here[name].stat().st_size != entry["size"] or sha256_file(here[name]) != entry["sha256"]:
             raise BundleRefused(
@@ -101,14 +128,7 @@ def verify_files(folder: Path, *, rebuilding: bool = False) -> dict[str, Any]:
 
 
 def _way_out(folder: Path, names: Iterable[str]) -> str:
-    return _BUILD.format(folder=folder) if all(n.endswith(_BUILT) for n in names) else _HINT
-
-
-def drop_built(folder: Path) -> None:
-    """Removes what an earlier build added."""
-    for path in folder.iterdir():
-        if path.name.endswith(_BUILT):
-            path.unlink()
+    return _BUILD.format(folder=folder) if all(n in BUILT for n in names) else _HINT
 
 
 def engine_of(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any], backend: Backend, device: DeviceProfile) -> Path:
@@ -132,25 +152,30 @@ def engine_of(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any
 
 
 def read_facts(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """bundle.json, whose model file is one of the bundle's own and its only graph: a bundle can come from anyone. Raises BundleRefused."""
+    """bundle.json and `engine_file`, with a model file that is the bundle's own and its only graph: it can come from anyone. Raises BundleRefused."""
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if facts.get("model_file") not in manifest["files"]:
         raise BundleRefused(
             f"its model file '{facts.get('model_file')}' is not in the manifest", where=str(folder), expected="a file of the bundle"
         )
-    engine = str(facts.get("engine_file", facts["model_file"]))
+    engine = str(manifest.get("engine", {}).get("file", facts["model_file"]))
     if engine.endswith(".onnx") and engine != facts["model_file"]:  # which is the one that is checked before a runtime opens it
         raise BundleRefused(
             f"its engine '{engine}' is another graph than its model", where=str(folder), expected=f"'{facts['model_file']}'"
         )
-    return facts
+    return facts | {"engine_file": engine}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json, whole and in its own exact bytes; raises FileMissing or BundleRefused."""
     path = folder / MANIFEST
     if not folder.is_dir() or not path.is_file():
-        raise FileMissing("this is no bundle: it has no manifest.json", where=str(folder), expected="a folder that `edgekd compress` made")
+        raise FileMissing(
+            "this is no bundle: it has no manifest.json",
+            where=str(folder),
+            expected="a folder that `edgekd compress` made",
+            hint=_find(folder),
+        )
     raw = path.read_bytes()[: _MAX_MANIFEST_BYTES + 1]
     try:
         body: dict[str, Any] = json.loads(raw)
@@ -162,6 +187,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not intact or any(n.startswith("/") or ".." in n.split("/") for n in names):
         raise BundleRefused("'manifest.json' was changed", where=str(folder), hint=_HINT)
     return body
+
+
+def _find(folder: Path) -> str:
+    """Where the bundle may be that somebody meant."""
+    inside = sorted(p.parent for p in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
+    return f"edgekd verify {inside[0]}" if inside else "a run's bundles are its folders, one a target: edgekd verify RUN/TARGET"
 
 
 def manifest_bytes(body: Mapping[str, Any]) -> bytes:

@@ -222,13 +222,18 @@ def show(recipe: RecipeName, o: Set = None, code: Code = None, json: Json = Fals
 # ------------------------------------------------------------------------------------------------------------ single stages
 Arch = Annotated[str | None, typer.Option(help="timm architecture, or one registered by --code.")]
 Data = Annotated[Path, typer.Option(help="Folder of images by class, or a manifest file.")]
+MaybeData = Annotated[
+    Path | None,
+    typer.Option(help="Folder of images by class, or a manifest file; without, samples are generated and accuracy is not measured."),
+]
 Args = Annotated[list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the architecture; may be repeated.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/<name>-<n>.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Weights (safetensors or checkpoint) with --arch, or an ONNX file.")]
 Size = Annotated[int, typer.Option(help="Height and width in pixels.")]
+OwnSize = Annotated[int | None, typer.Option(help="Height and width in pixels; default: what the model's file says.")]
 
 
-def _single(kind: str | None, body: dict[str, Any], own: "Own", options: "Options", json: bool) -> int:
+def _single(kind: str, body: dict[str, Any], own: "Own", options: "Options", json: bool) -> int:
     """A one-stage recipe around a user's own model: the same code path as `compress`."""
     from edgekd.api import exit_code, run_single
 
@@ -238,10 +243,10 @@ def _single(kind: str | None, body: dict[str, Any], own: "Own", options: "Option
 
 def _own(
     model: Path,
-    data: Path,
+    data: Path | None,
     arch: str | None,
     arg: list[str] | None,
-    image_size: int,
+    image_size: int | None,
     mean: str | None,
     std: str | None,
     drop: float = 0.01,
@@ -322,10 +327,10 @@ def quantize(
 @app.command()
 def export(
     model: Model,
-    data: Data,
+    data: MaybeData = None,
     arch: Arch = None,
     arg: Args = None,
-    image_size: Size = 224,
+    image_size: OwnSize = None,
     mean: Mean = None,
     std: Std = None,
     o: Set = None,
@@ -335,7 +340,26 @@ def export(
     json: Json = False,
 ) -> int:
     """Export your own trained model to ONNX, check it against torch, measure it and bundle it."""
-    return _single(None, {}, _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code), json)
+    return _single("export", {}, _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code), json)
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    data: MaybeData = None,
+    arch: Arch = None,
+    arg: Args = None,
+    image_size: OwnSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    o: Set = None,
+    device: Device = None,
+    out: Out = None,
+    code: Code = None,
+    json: Json = False,
+) -> int:
+    """Build the engines of your own model or ONNX file for devices, check them and bundle them; exit 5 where one cannot be built here."""
+    return _single("compile", {}, _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code), json)
 
 
 @app.command()
@@ -466,6 +490,9 @@ def verify(
     signed_by: Annotated[
         Path | None, typer.Option(metavar="PUBLIC.pem", help="The bundle must be signed by this key's private half.")
     ] = None,
+    run_engine: Annotated[
+        bool, typer.Option("--run-engine", help="Run its engine, which is code, though no signature was checked.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check a bundle: every byte, its signature and its sample outputs; or one form of a model against another, down to the node."""
@@ -478,7 +505,7 @@ def verify(
             f"--signed-by and {'--build' if build else '--against'} do not go together", hint="check the signature first, alone"
         )
     console = Console(json_mode=json)
-    found = check_bundle(bundle, against=against, build=build, signed_by=signed_by, console=console)
+    found = check_bundle(bundle, against=against, build=build, signed_by=signed_by, run_engine=run_engine, console=console)
     if json:
         console.json(found)
     elif against is None:

@@ -20,6 +20,7 @@ from edgekd import registry
 from edgekd.artifact import Artifact, Kind, Manifest, digest_of
 from edgekd.backends import Backend
 from edgekd.config import Config, key_fields
+from edgekd.data.config import DataConfig
 from edgekd.data.index import scan
 from edgekd.errors import BackendError, DeviceError, RecipeError
 from edgekd.models.names import user_source
@@ -250,7 +251,11 @@ class _Planner:
     def build(self) -> Plan:
         self.plan.targets = [_target(name, config) for name, config in self.recipe.targets.items()]
         self.plan.judge = _judge(self.plan.targets[0])
-        self._add("data", "data", self.recipe.data, {}, facts=self._dataset(), user=True)
+        if self.recipe.data is not None:
+            self._add("data", "data", self.recipe.data, {}, facts=self._dataset(self.recipe.data), user=True)
+        else:
+            self._add("data", "samples", self.recipe.samples, {}, user=True)
+            self._settle_runtimes()
         start = self._start()
         current, graph = self._model_stages(start) if self.recipe.model.onnx is None else (None, start)
         for target in self.plan.targets:
@@ -280,10 +285,18 @@ class _Planner:
         config: Config = registry.load("stage", stage).Config(**values)
         return config
 
-    def _dataset(self) -> dict[str, Any]:
+    def _dataset(self, data: DataConfig) -> dict[str, Any]:
         """What is in the dataset, and the code that reads it."""
-        index, name = scan(self.recipe.data, cache_dir=self.cache_dir), self.recipe.data.format
-        return {"index": index.fingerprint, "source": _sha(registry.source_of("format", name))}
+        return {"index": scan(data, cache_dir=self.cache_dir).fingerprint, "source": _sha(registry.source_of("format", data.format))}
+
+    def _settle_runtimes(self) -> None:
+        """Without data no race can judge accuracy: the first runtime is taken."""
+        for i, target in enumerate(self.plan.targets):
+            if target.raced:
+                self.plan.notes.append(
+                    f"{target.name}: without data runtimes are not compared and {target.backend} is taken; -o targets.{target.name}.backend={target.rivals[1]} takes another"
+                )
+                self.plan.targets[i] = target.on(target.backend)
 
     def _task(self) -> dict[str, Any]:
         name = self.recipe.task
@@ -299,7 +312,8 @@ class _Planner:
     def _start(self) -> Ref:
         recipe = self.recipe
         if recipe.model.onnx is not None:
-            name = self._add("model", "read_graph", recipe.model, {"data": "data"}, facts=_file_facts(recipe.model.onnx), user=True)
+            facts = _file_facts(recipe.model.onnx) | {"quantizes": any(kind == "quantize" for kind, _ in self.loaded.stages)}
+            name = self._add("model", "read_graph", recipe.model, {"data": "data"}, facts=facts, user=True)
             self.plan.graphs["model"] = name
             self._measured("model", name)
             return name
@@ -397,10 +411,12 @@ class _Planner:
         return graph
 
     def _measured(self, name: str, graph: Ref, unless: tuple[str, Ref] | None = None) -> None:
-        """Engine and val metrics of a graph on the judge."""
+        """Engine and, where there are data, val metrics of a graph on the judge."""
         engine_unless = (unless[0], self._before_of(unless[1], self.plan.engines)) if unless else None
         metrics_unless = (unless[0], self._before_of(unless[1], self.plan.metrics)) if unless else None
         self.plan.engines[name] = self._compile(f"{name}.engine", graph, self.judge, engine_unless)
+        if self.recipe.data is None:
+            return
         inputs: dict[str, Ref] = {"engine": self.plan.engines[name], "data": "data"}
         if name != "teacher" and "teacher" in self.plan.metrics:
             inputs["teacher?"] = self.plan.metrics["teacher"]
@@ -527,15 +543,16 @@ class _Planner:
 
     # ------------------------------------------------------------------------------------------------ targets
     def _target(self, target: Target, graph: Ref, model: Ref | None) -> None:
-        """What ships to one target: its quantizing stages one after the other, each gated, or a race between all candidates."""
+        """What ships to one target: of its quantizing stages, each of which starts from the graph in fp32 (a rounded one is refused), what the last
+        gate chose between it and what was kept before; or a race between all candidates."""
         if target.raced:
             self._race(target, graph, model)
             return
         current = graph
         for settings in self._quantizing(target):
             name = self._own_name(settings.name, target)
-            mix = self._mix(name, settings, target, current)
-            step = self._quantized(name, settings, target, current, model, mix)
+            mix = self._mix(name, settings, target, graph)
+            step = self._quantized(name, settings, target, graph, model, mix)
             self._measured(name, step)
             gate = self._gate(name, current, step, note=mix, target=target)
             self.plan.segments.append(Segment(gate, (name,)))
@@ -695,17 +712,7 @@ class _Planner:
                 else self._compile(f"{target.name}.compile", graph, target if _can_compile(target) else plain)
             )
             run_engine = engine if runner is target else self._compile(f"{target.name}.check", graph, judge)
-            test_inputs: dict[str, Ref] = {"engine": run_engine, "data": "data"}
-            teacher_test = self._tested("teacher")
-            if teacher_test:
-                test_inputs["teacher?"] = teacher_test
-            test = self._add(
-                f"{target.name}.test",
-                "evaluate",
-                self._config("evaluate", split="test"),
-                test_inputs,
-                facts=self._task() | _here(),
-            )
+            test = self._test(target, run_engine) if self.recipe.data is not None else None
             profile_inputs: dict[str, Ref] = {"shipped": run_engine}
             if target is self.plan.targets[0]:
                 profile_inputs |= {f"*{name}": engine_ for name, engine_ in self.plan.engines.items()}
@@ -721,8 +728,16 @@ class _Planner:
                 provenance=self._provenance(),
                 build={name: facts for name in target.rivals or (target.backend,) if (facts := _build_facts(target.on(name)))},
             )
-            inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "test": test, "parity": parity}
+            inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "parity": parity}
+            inputs |= {"test?": test} if test is not None else {}
             self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts=self._task() | _here(), user=True)
+
+    def _test(self, target: Target, engine: Ref) -> str:
+        """What ships to a target, on test."""
+        inputs: dict[str, Ref] = {"engine": engine, "data": "data"}
+        if teacher := self._tested("teacher"):
+            inputs["teacher?"] = teacher
+        return self._add(f"{target.name}.test", "evaluate", self._config("evaluate", split="test"), inputs, facts=self._task() | _here())
 
     def _provenance(self) -> dict[str, Any]:
         """What the bundle says of its origin: architectures, weights and library versions."""

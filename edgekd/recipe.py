@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from edgekd import registry
 from edgekd.budget import Budget
 from edgekd.config import Config
-from edgekd.data.config import DataConfig
+from edgekd.data.config import DataConfig, SamplesConfig
 from edgekd.errors import EdgekdError, FileMissing, InputRefused, RecipeError, UnknownName, UsageError, suggest
 from edgekd.models.names import check_architecture
 from edgekd.models.spec import ModelConfig
@@ -64,7 +64,8 @@ class Recipe(Config):
     version: Literal[1]
     seed: int = Field(0, ge=0, lt=2**31)
     task: str = "classification"
-    data: DataConfig
+    data: DataConfig | None = None
+    samples: SamplesConfig | None = None  # instead of data, where engines are all that is asked for
     teacher: TeacherConfig | None = None
     model: ModelConfig
     targets: dict[str, TargetConfig] = Field(default_factory=lambda: {"host": TargetConfig()})
@@ -450,6 +451,8 @@ def _check_names(value: Mapping[str, Any], bad: Report) -> None:
             node = node.get(part) if isinstance(node, dict) else None
         return node
 
+    if "data" not in value and "samples" not in value:
+        bad(("data",), "missing; it has no default")
     for section in ("model", "teacher"):
         arch = written(section, "arch")
         if isinstance(arch, str) and (found := check_architecture(arch)):
@@ -469,6 +472,13 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         bad(("model",), "expected either arch or onnx")
     if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.weights is None and not recipe.teacher.pretrained:
         bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+    if recipe.samples is not None:
+        for name in [s.name for _, s in stages] + (["teacher"] if recipe.teacher is not None else []):
+            bad(("samples",), f"'{name}' needs data, and generated samples have no labels; give data instead")
+        if recipe.data is not None:
+            bad(("samples",), "there are data, so nothing is generated; leave one of the two out")
+    elif recipe.data is None and "data" in recipe.model_fields_set:
+        bad(("data",), "expected a dataset, got nothing")
     if not recipe.targets:
         bad(("targets",), "expected at least one target")
     if not any(kind == "quantize" for kind, _ in stages):
@@ -548,10 +558,7 @@ def resolved(loaded: Loaded) -> list[dict[str, Any]]:
             for key, item in value.items():
                 walk(f"{path}.{key}" if path else str(key), item)
             return
-        source = next(
-            (loaded.sources[p] for p in _prefixes(path) if p in loaded.sources and p.count(".") >= path.count(".") - 1), "default"
-        )
-        rows.append({"path": path, "value": value, "source": loaded.sources.get(path, source if isinstance(value, list) else "default")})
+        rows.append({"path": path, "value": value, "source": loaded.sources.get(path, "default")})
 
     walk("", loaded.recipe.model_dump(mode="json"))
     for kind, settings in loaded.stages:
@@ -562,8 +569,3 @@ def resolved(loaded: Loaded) -> list[dict[str, Any]]:
             body |= settings.method_config.model_dump(mode="json")
         walk(settings.name, body)
     return rows
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]

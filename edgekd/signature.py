@@ -42,7 +42,12 @@ def check_signature(folder: Path, manifest: Mapping[str, Any], key: Path) -> Non
     from cryptography.exceptions import InvalidSignature
 
     if not (folder / SIGNATURE).is_file():
-        raise BundleRefused("it is not signed", where=str(folder), expected=f"{SIGNATURE}, made by the private half of {key}")
+        raise BundleRefused(
+            "it is not signed",
+            where=str(folder),
+            expected=f"{SIGNATURE}, made by the private half of {key}",
+            hint="sign it where it was made: edgekd sign BUNDLE --key KEY.pem",
+        )
     try:
         public.verify((folder / SIGNATURE).read_bytes(), manifest_bytes(manifest))
     except InvalidSignature:

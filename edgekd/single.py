@@ -11,34 +11,35 @@ from edgekd.errors import FileMissing, UsageError
 from edgekd.recipe import Loaded, from_values
 from edgekd.safeio import yaml
 
+_DYNAMIC_SIDE = 224  # where an ONNX file takes images of any size
+
 
 @dataclass(frozen=True)
 class Own:
     """A user's own model and data, as a single-stage command names them."""
 
     model: Path  # weights, an ONNX file, or for `train` the name of an architecture
-    data: Path  # a folder of images by class, or a manifest
+    data: Path | None  # a folder of images by class, or a manifest; None: generated samples, for `export` and `compile`
     arch: str | None = None
     args: Sequence[str] = ()  # NAME=VALUE of the architecture
-    image_size: int = 224
+    image_size: int | None = 224  # None: what the model's file says
     mean: Sequence[float] | None = None  # of the normalisation that the model was trained with; default: its own
     std: Sequence[float] | None = None
     accuracy_drop_max: float = 0.01
 
 
-def single_recipe(
-    kind: str | None, body: Mapping[str, Any], own: Own, *, overrides: Sequence[str] = (), devices: Sequence[str] = ()
-) -> Loaded:
+def single_recipe(kind: str, body: Mapping[str, Any], own: Own, *, overrides: Sequence[str] = (), devices: Sequence[str] = ()) -> Loaded:
     """The recipe that a single-stage command stands for; raises as a recipe file does."""
+    model = _model(kind, own)
     value: dict[str, Any] = {
         "version": 1,
-        "data": _data(own.data, own.image_size),
-        "model": _model(kind, own) | {n: list(v) for n, v in (("mean", own.mean), ("std", own.std)) if v is not None},
+        **_data(own, model),
+        "model": model | {n: list(v) for n, v in (("mean", own.mean), ("std", own.std)) if v is not None},
         "accept": {"accuracy_drop_max": own.accuracy_drop_max},
         "stages": _stages(kind, dict(body)),
         "targets": {d: {} for d in devices or ("host",)},
     }
-    return from_values(f"{kind or 'export'}-{own.model.stem or own.arch}", value, overrides)
+    return from_values(f"{kind}-{own.model.stem or own.arch}", value, overrides)
 
 
 def parse_args(pairs: Sequence[str]) -> dict[str, Any]:
@@ -52,13 +53,22 @@ def parse_args(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _data(data: Path, image_size: int) -> dict[str, Any]:
-    if not data.exists():
+def _data(own: Own, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `data`, or `samples` where there are none; what is not given is read from the model's file."""
+    from edgekd.given import Given, known_classes, of_onnx, of_weights
+
+    data, found = own.data, Given(own.image_size, None)
+    if data is not None and not data.exists():
         raise FileMissing("the data is not there", where=str(data), expected="a folder of images by class, or a CSV or JSONL manifest")
-    return {"format": "image_folder" if data.is_dir() else "manifest", "root": str(data.resolve()), "image_size": image_size}
+    if data is None or own.image_size is None:
+        found = of_onnx(own.model) if "onnx" in model else of_weights(own.model, model["arch"], model["args"])
+    size = own.image_size or found.image_size or _DYNAMIC_SIDE
+    if data is None:
+        return {"samples": {"image_size": size, "classes": known_classes(found, own.model)}}
+    return {"data": {"format": "image_folder" if data.is_dir() else "manifest", "root": str(data.resolve()), "image_size": size}}
 
 
-def _model(kind: str | None, own: Own) -> dict[str, Any]:
+def _model(kind: str, own: Own) -> dict[str, Any]:
     model, arch, args = own.model, own.arch, own.args
     if kind == "train" and arch is None and not model.is_file():
         return {"arch": str(model), "args": parse_args(args)}
@@ -73,8 +83,8 @@ def _model(kind: str | None, own: Own) -> dict[str, Any]:
     return {"arch": arch, "args": parse_args(args), "weights": str(model.resolve())}
 
 
-def _stages(kind: str | None, body: dict[str, Any]) -> list[dict[str, Any]]:
-    if kind is None:
+def _stages(kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    if kind in ("export", "compile"):  # which every plan has
         return []
     recover = int(body.pop("recover", 0))
     stages = [{kind: body}]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind
 from edgekd.gate import paired_drop
-from edgekd.plan import Plan, Ref, Target
+from edgekd.plan import Plan, Ref, Step, Target
 from edgekd.recipe import resolved
 from edgekd.report.front import front, knob
 from edgekd.run import Done
@@ -46,7 +46,7 @@ class _Summary:
         if failed:
             accept["reason"] = "; ".join(failed)
         body = {
-            "recipe": {"name": self.plan.loaded.name, "resolved": resolved(self.plan.loaded) + self._found()},
+            "recipe": {"name": self.plan.loaded.name, "resolved": self._resolved()},
             "decisions": str(self.folder / "decisions.json"),
             "teacher": teacher,
             "stages": self._stages(),
@@ -151,7 +151,7 @@ class _Summary:
         }
 
     def _measured_row(self, name: str, step: str) -> dict[str, Any]:
-        body = self.done.artifacts[self.plan.metrics[step]].json("metrics.json")
+        body = self._metrics_of(self.plan.metrics.get(step))
         return {
             "name": name,
             **_metric(body),
@@ -159,6 +159,11 @@ class _Summary:
             "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines[step]]),
             "latency_ms": self._latency(step),
         }
+
+    def _metrics_of(self, step: str | None) -> dict[str, Any]:
+        """What a step of `evaluate` measured; nothing where there was none, for want of data."""
+        found = self.done.artifacts.get(step or "")
+        return dict(found.json("metrics.json")) if found else {"metric_name": None, "metrics": {}, "confusion": None}
 
     def _verdict(self, step: str) -> dict[str, Any]:
         for segment in self.plan.segments:
@@ -188,7 +193,7 @@ class _Summary:
     # ------------------------------------------------------------------------------------------------ targets
     def _target(self, target: Target) -> dict[str, Any]:
         name = target.name
-        bundle, test = self.done.artifacts[f"{name}.bundle"], self.done.artifacts[f"{name}.test"].json("metrics.json")
+        bundle, test = self.done.artifacts[f"{name}.bundle"], self._metrics_of(f"{name}.test")
         trace = self.done.artifacts[f"{name}.profile"].json("trace.json")["latency"]["shipped"]
         graph = self.done.resolve(self.plan.shipped[name])
         measured, race = target.runs_here, self.plan.races.get(name)
@@ -221,7 +226,8 @@ class _Summary:
             row |= {
                 "budget_met": None,
                 "predicted_ms": _predicted(bundle, target),
-                "reason": f"{name} is not this machine: latency was not measured, accuracy and size were judged here on onnxruntime"
+                "reason": f"{name} is not this machine: latency was not measured"
+                + (", accuracy and size were judged here on onnxruntime" if self.recipe.data is not None else "")
                 + (f"; {reason}" if missed else ""),
             }
         return row
@@ -250,7 +256,9 @@ class _Summary:
                 "interval": None,
                 "met": None,
                 "reference": None,
-                "reason": "there is no teacher to compare with on test; gates compared on val",
+                "reason": "there is no teacher to compare with on test; gates compared on val"
+                if self.recipe.data is not None
+                else "there are no data: accuracy was not measured",
             }
         task = registry.load("task", self.recipe.task)()
         labels = np.load(reference.path / "labels.npy")
@@ -261,23 +269,35 @@ class _Summary:
         reason = f"test accuracy {'within' if met else 'beyond'} {limit * 100:g} points of the teacher's"
         return {"accuracy_drop_max": limit, "drop": drop, "interval": list(interval), "met": met, "reference": "teacher", "reason": reason}
 
-    def _found(self) -> list[dict[str, Any]]:
-        """Fields that were left to measurements and what was found for them, as rows of the resolved recipe: for each target those of what it ships."""
-        rows = []
+    def _resolved(self) -> list[dict[str, Any]]:
+        """Every value of the recipe with its source; what was left to measurements as it was found, with several targets for each of them."""
+        rows = {row["path"]: row for row in resolved(self.plan.loaded)}
         for target in self.plan.targets:
-            shipped = self.done.resolve(self.plan.shipped[target.name]).digest
-            made = [s for s in self.plan.steps if s.stage == "quantize" and s.name in self.done.artifacts]
-            for step in [s for s in made if self.done.artifacts[s.name].digest == shipped][:1]:
-                decisions = [
-                    (ref, read_decision(self.done.artifacts[str(ref)])) for n, ref in step.inputs.items() if n in ("mix?", "trial?")
-                ]
-                source = ", ".join(f"measured by {ref}" for ref, _ in decisions)
-                place = step.settings.name + (f" ({target.name})" if len(self.plan.targets) > 1 else "")
-                if keep := sorted({node for _, d in decisions for node in d["keep"]}):
-                    rows.append({"path": f"{place}.keep_nodes", "value": keep, "source": source})
-                if calibration := next((d["calibration"] for _, d in decisions if d.get("calibration")), None):
-                    rows.append({"path": f"{place}.calibration", "value": calibration, "source": source})
-        return rows
+            step = self.plan.step(self._shipped_step(self.plan.shipped[target.name]))
+            if step.stage != "quantize":
+                continue
+            own = step.settings.name
+            place = own + (f" ({target.name})" if len(self.plan.targets) > 1 else "")
+            for name, value, source in self._found(step, rows):
+                rows[f"{place}.{name}"] = {"path": f"{place}.{name}", "value": value, "source": source}
+        return list(rows.values())
+
+    def _shipped_step(self, ref: Ref) -> str:
+        """The name of the step that a reference stands for, through the decisions of gates and races."""
+        return ref if isinstance(ref, str) else self._shipped_step(ref.options[self.done.chosen(ref.decision)])
+
+    def _found(self, step: Step, rows: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, Any, str]]:
+        """(field, value, source) of what decisions changed in a quantizing step's settings; `rows` are those of the recipe."""
+        config = step.settings.method_config
+        decisions = {str(ref): read_decision(self.done.artifacts[str(ref)]) for n, ref in step.inputs.items() if n in ("mix?", "trial?")}
+        given = list(getattr(config, "keep_nodes", ()))
+        if found := sorted({node for d in decisions.values() for node in d["keep"]} - set(given)):
+            sources = [rows[f"{step.settings.name}.keep_nodes"]["source"]] if given else []
+            sources += [f"measured by {ref}" for ref, d in decisions.items() if d["keep"]]
+            yield "keep_nodes", [*given, *found], ", ".join(sources)
+        for ref, d in decisions.items():
+            if d.get("calibration") and getattr(config, "calibration", None) == "auto":
+                yield "calibration", d["calibration"], f"measured by {ref}"
 
     def _sensitivity(self) -> list[dict[str, Any]]:
         """What each operator costs and gains when it alone is quantized, for each search."""
@@ -305,7 +325,7 @@ class _Summary:
         return found
 
     def _confusion(self) -> dict[str, Any] | None:
-        table = self.done.artifacts[f"{self.first.name}.test"].json("metrics.json")["confusion"]
+        table = self._metrics_of(f"{self.first.name}.test")["confusion"]
         return {"labels": self.done.artifacts["data"].json("index.json")["classes"], "matrix": table} if table else None
 
     def _parity(self) -> list[dict[str, Any]]:
@@ -313,7 +333,7 @@ class _Summary:
 
 
 def _metric(body: Mapping[str, Any]) -> dict[str, Any]:
-    return {"metric": body["metrics"][body["metric_name"]], "metric_name": body["metric_name"]}
+    return {"metric": body["metrics"].get(body["metric_name"]), "metric_name": body["metric_name"]}
 
 
 def _predicted(bundle: Artifact, target: Target) -> dict[str, Any] | None:

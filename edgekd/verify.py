@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.bundle import FACTS, MANIFEST, SAMPLES, SIGNATURE, read_facts, verify_files
+from edgekd.bundle import FACTS, SAMPLES, SIGNATURE, read_facts, verify_files
 from edgekd.errors import BackendError, OnnxRefused, ParityBroken
 
 if TYPE_CHECKING:
@@ -15,8 +15,11 @@ _RANDOM_SAMPLES = 8
 _KEEP = 5  # nodes that are proposed for a higher precision
 
 
-def verify_bundle(folder: Path, *, signed_by: Path | None = None) -> dict[str, Any]:
-    """What was checked; raises BundleRefused for changed bytes or another signature than asked for, ParityBroken where answers differ here."""
+def verify_bundle(folder: Path, *, signed_by: Path | None = None, run_engine: bool = False) -> dict[str, Any]:
+    """What was checked; raises BundleRefused for changed bytes or another signature than asked for, ParityBroken where answers differ here.
+
+    An engine is code, and a manifest only says that it was not changed by accident: it is run where a signature was checked, or with `run_engine`.
+    """
     from edgekd.safeio.onnxfile import check_onnx  # onnx
 
     manifest = verify_files(folder)
@@ -30,7 +33,7 @@ def verify_bundle(folder: Path, *, signed_by: Path | None = None) -> dict[str, A
         "recipe": manifest["recipe"],
         "target": manifest["target"],
         "samples": _check_samples(folder, facts),
-        "engine": _check_engine(folder, manifest, facts),
+        "engine": _check_engine(folder, manifest, facts, trusted=run_engine or signed_by is not None),
         "differs": _differences(manifest),
     }
 
@@ -70,8 +73,9 @@ def rebuild(folder: Path, console: Console) -> dict[str, Any]:
 
     from edgekd import registry
     from edgekd.backends import watched
-    from edgekd.bundle import drop_built, engine_facts, write_facts, write_manifest
+    from edgekd.bundle import engine_facts, replace_built
     from edgekd.profile.device import load_device
+    from edgekd.safeio.files import resource_errors
 
     manifest = verify_files(folder, rebuilding=True)
     facts, device = read_facts(folder, manifest), load_device(str(manifest["target"]))
@@ -82,24 +86,15 @@ def rebuild(folder: Path, console: Console) -> dict[str, Any]:
         )
     if (missing := backend.builds_for(device)) is not None:
         raise BackendError(missing, where=str(folder), hint="edgekd doctor")
-    build, signed = facts["build"], (folder / SIGNATURE).is_file()
-    with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch:  # a copy that takes the folder's place when it is whole
-        copy, old = Path(scratch) / "new", Path(scratch) / "old"
-        shutil.copytree(folder, copy)
-        (copy / MANIFEST).unlink()
-        drop_built(copy)
+    build = facts["build"]
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch, resource_errors(folder):
+        new = Path(scratch) / "new"
+        new.mkdir()
+        shutil.copyfile(folder / facts["model_file"], new / facts["model_file"])
         with watched(backend, console, backend.name):
-            meta: dict[str, Any] = backend.convert(copy / facts["model_file"], device, copy, build["options"], batch=build["batch"])
-        write_facts(copy, facts | {"engine_file": meta["model_file"]})
-        kept = {n: v for n, v in manifest.items() if n not in ("schema", "files", "digest")}
-        write_manifest(copy, kept | {"engine": engine_facts(meta)})
-        folder.rename(old)
-        try:
-            copy.rename(folder)
-        except BaseException:
-            old.rename(folder)
-            raise
-    return meta | {"unsigned": signed}
+            meta: dict[str, Any] = backend.convert(new / facts["model_file"], device, new, build["options"], batch=build["batch"])
+        unsigned = replace_built(folder, new, manifest | {"engine": engine_facts(meta)})
+    return meta | {"unsigned": unsigned}
 
 
 def _check_samples(folder: Path, facts: dict[str, Any]) -> str:
@@ -118,8 +113,8 @@ def _check_samples(folder: Path, facts: dict[str, Any]) -> str:
     return _agreed(found, wanted, facts, "on this machine", folder)
 
 
-def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any]) -> str | None:
-    """Runs the sample images through the engine where its device is this machine; None for a bundle without one.
+def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any], *, trusted: bool) -> str | None:
+    """Runs the sample images through the engine, or the graph by its own runtime, where its device is this machine; None for one of onnxruntime.
 
     Raises BackendError for an engine that does not fit or open, ParityBroken where its answers differ.
     """
@@ -127,23 +122,29 @@ def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any])
     from edgekd.bundle import engine_of
     from edgekd.profile.device import load_device
 
-    made = manifest.get("engine", {}).get("runtime")
-    if facts.get("engine_file") in (None, facts["model_file"]) or made not in registry.names("backend"):
+    made, graph = manifest.get("engine", {}).get("runtime"), facts["engine_file"] == facts["model_file"]
+    if made not in registry.names("backend") or (graph and made == "onnxruntime"):  # whose answers were compared already
         return None
     backend, device = registry.load("backend", made)(), load_device(str(manifest["target"]))
     if (reason := backend.available()) is not None or not backend.runs_on(device):
         return f"the engine was not opened: {reason or f'{device.id} is not this machine'}"
+    if not graph and not trusted:
+        return "the engine was not run: it is code, and nothing here says whose; --signed-by PUBLIC.pem, or --run-engine if you know where it was built"
     import numpy as np
 
     from edgekd.data.normalise import normalised
     from edgekd.profile.footprint import load_facts
+    from edgekd.stages.compile import judged_batch
 
     with np.load(folder / SAMPLES) as stored:
         images, wanted = normalised(stored["pixels"], facts["preprocess"]), stored["outputs"]
-    file, size = engine_of(folder, manifest, facts, backend, device), manifest["engine"].get("max_batch") or 1
+    file = folder / facts["model_file"] if graph else engine_of(folder, manifest, facts, backend, device)
+    size, options = judged_batch(manifest["engine"]) or 1, manifest["engine"].get("options")
     feeds = {facts["input"]: np.resize(images, (facts["fixed_batch"] or min(size, len(images)), *images.shape[1:]))}
-    load_facts(file, made, device=device, feeds=feeds)  # first in a process of its own: a bad engine may end the one that opens it
-    found = _run(backend.open(file, threads=facts["threads"], device=device), facts, images, size)
+    load_facts(
+        file, made, device=device, feeds=feeds, options=options
+    )  # first in a process of its own: a bad engine may end the one that opens it
+    found = _run(backend.open(file, threads=facts["threads"], device=device, options=options), facts, images, size)
     return _agreed(found, wanted, facts, "the engine's", folder)
 
 
@@ -179,6 +180,7 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     """
     from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits
     from edgekd.export.parity import LIMITS, coarser, compare
+    from edgekd.profile.precision import precision_of
     from edgekd.profile.report import model_file_of
     from edgekd.safeio.onnxfile import check_onnx, fed_inputs
     from edgekd.tasks.classification import Classification
@@ -191,15 +193,15 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
         raise OnnxRefused(told, where=str(model), expected="two forms of one model: one input of one shape")
     images, source = _samples(files, _shape(inputs[0][0]))
     feeds = [{i[0].name: images} for i in inputs]
-    precisions = [_precision(p) for p in protos]
+    precisions = [precision_of(p) for p in protos]
     twins = [n.op_type for n in protos[0].graph.node] == [n.op_type for n in protos[1].graph.node]
     coarsest = "fp32" if twins else coarser(*precisions)  # the same operations round alike
     outputs = [_opened(f).run(feed)[0] for f, feed in zip(files, feeds, strict=True)]
     if outputs[0].shape != outputs[1].shape:
         raise OnnxRefused(f"outputs {outputs[1].shape} and {outputs[0].shape}", where=str(model), expected="two forms of one model")
-    answers = outputs[0].reshape(len(outputs[0]), -1)
     rung = f"{files[0].name} {precisions[0]} -> {files[1].name} {precisions[1]}"
-    row = compare(rung, coarsest, outputs[0], outputs[1], answers.argmax(1), Classification())
+    before, after = (o.reshape(len(o), -1) for o in outputs)
+    row = compare(rung, coarsest, before, after, None, Classification())
     found: dict[str, Any] = {"rungs": [row], "samples": len(images), "source": source, "first_break": None, "keep": []}
     if row["ok"]:
         return found
@@ -213,8 +215,15 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
         f"{rung}: {', '.join(f'{n} {row[n]:.3g}' for n in row['failed'])} (limit {limits}); it breaks first at {where}",
         where=str(model),
         expected=f"the outputs of {reference}",
-        hint=f"keep in higher precision: {', '.join(found['keep']) or 'no node found'}",
+        hint=_way_out(coarsest, found["keep"]),
     )
+
+
+def _way_out(precision: str, keep: list[str]) -> str:
+    """Where nothing is rounded, there is no precision to keep."""
+    if precision == "fp32" or not keep:
+        return "one of the two was changed, or exported otherwise: export it again and compare"
+    return f"keep in higher precision: {', '.join(keep)}"
 
 
 def _shape(value: Any) -> tuple[int | None, ...]:
@@ -240,16 +249,6 @@ def _samples(files: list[Path], shape: tuple[int | None, ...]) -> tuple[Any, str
         raise OnnxRefused(f"its input is {shape}", where=str(files[0]), expected="fixed sizes but the batch")
     sizes = (shape[0] or _RANDOM_SAMPLES, *(d or 1 for d in shape[1:]))
     return np.random.default_rng(0).standard_normal(sizes, dtype=np.float32), "seeded noise: no sample images lie beside the files"
-
-
-def _precision(proto: Any) -> str:
-    if any(n.op_type == "DequantizeLinear" for n in proto.graph.node):
-        return "int8"
-    if any(t.data_type == t.INT8 and len(t.dims) == 2 for t in proto.graph.initializer):
-        return "int8_weights"
-    if any(t.name.endswith(".planes") and t.data_type == t.UINT8 for t in proto.graph.initializer):
-        return "codebook"
-    return "fp16" if any(t.data_type == t.FLOAT16 for t in proto.graph.initializer) else "fp32"
 
 
 def _opened(file: Path) -> Any:

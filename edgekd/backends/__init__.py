@@ -54,7 +54,7 @@ class Layer:
 class Backend(Protocol):
     """A runtime. Its class is importable without the runtime; every failure is a BackendError.
 
-    Two methods may be absent: `layers(engine, feeds, threads, device) -> list[Layer]`, and `watch(told)` of one whose builds take long.
+    Two methods may be absent: `layers(engine, feeds, threads, device, options) -> list[Layer]`, and `watch(told)` of one whose builds take long.
     """
 
     name: str
@@ -86,8 +86,8 @@ class Backend(Protocol):
         `usage`, if it is there, is Markdown: how the engine is run without edgekd. It ends in the bundle's PROVENANCE.md.
         """
 
-    def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> Session:
-        """An engine file ready to run, on the execution provider that the device asks for and no other."""
+    def open(self, engine: Path, *, threads: int, device: DeviceProfile, options: Mapping[str, Any] | None = None) -> Session:
+        """An engine file ready to run, on the execution provider that the device asks for and no other. `options`: those it was built with."""
 
 
 def version_of(*wheels: str) -> str:

@@ -33,12 +33,15 @@ _TYPE = re.compile(rf"\b({'|'.join(_TYPES)})\b", re.IGNORECASE)
 
 
 class TrtSession:
-    """An engine with one execution context; inputs and outputs live in torch tensors on the GPU."""
+    """An engine with one execution context; inputs and outputs live in torch tensors on the GPU.
 
-    def __init__(self, trt: Any, engine: Path):
+    One that was built to last (`version_compatible`) brings its own runtime, which is code of this machine's processor: no other is allowed any.
+    """
+
+    def __init__(self, trt: Any, engine: Path, *, lasting: bool = False):
         self._where, self._trt, self._log = engine.name, trt, log_of(trt).clear()
         runtime = trt.Runtime(self._log)
-        runtime.engine_host_code_allowed = True  # a version-compatible engine brings its own runtime; all are built here or verified
+        runtime.engine_host_code_allowed = lasting
         self._engine = runtime.deserialize_cuda_engine(_bytes_of(engine))
         if self._engine is None:
             raise self._refused()

@@ -110,10 +110,12 @@ class OnnxRuntime:
         shutil.copyfile(graph, out / "model.onnx")
         return meta
 
-    def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> OrtSession:
+    def open(self, engine: Path, *, threads: int, device: DeviceProfile, options: Mapping[str, Any] | None = None) -> OrtSession:
         return _open(engine, threads=threads, provider=_provider(device))
 
-    def layers(self, engine: Path, feeds: Feeds, threads: int, device: DeviceProfile) -> list[Layer]:
+    def layers(
+        self, engine: Path, feeds: Feeds, threads: int, device: DeviceProfile, options: Mapping[str, Any] | None = None
+    ) -> list[Layer]:
         """Time per operator on the device's provider as onnxruntime's own profiler sees it (fused nodes, slowest first)."""
         with tempfile.TemporaryDirectory() as folder:  # the profiler can only write to a file
             settings = _settings(threads)

@@ -153,7 +153,7 @@ class TensorRT:
         return BackendError(f"{self.name} does not take the graph: {node}{said}", where=graph.name, hint=hint)
 
     # ------------------------------------------------------------------------------------------------ running
-    def open(self, engine: Path, *, threads: int, device: DeviceProfile) -> TrtSession:
+    def open(self, engine: Path, *, threads: int, device: DeviceProfile, options: Mapping[str, Any] | None = None) -> TrtSession:
         """The engine on this machine's GPU; `threads` is for runtimes of the CPU."""
         if not self.runs_on(device):
             raise BackendError(
@@ -162,11 +162,13 @@ class TensorRT:
                 expected=device.name,
                 hint="copy the bundle to the device",
             )
-        return TrtSession(self.runtime(), engine)
+        return TrtSession(self.runtime(), engine, lasting=bool((options or {}).get("version_compatible")))
 
-    def layers(self, engine: Path, feeds: Feeds, threads: int, device: DeviceProfile) -> list[Layer]:
+    def layers(
+        self, engine: Path, feeds: Feeds, threads: int, device: DeviceProfile, options: Mapping[str, Any] | None = None
+    ) -> list[Layer]:
         """Time per layer on this machine's GPU, with the types and formats that the builder chose (slowest first)."""
-        session = self.open(engine, threads=threads, device=device)
+        session = self.open(engine, threads=threads, device=device, options=options)
         found = session.layers(feeds)
         session.close()
         return found

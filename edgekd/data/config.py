@@ -1,4 +1,4 @@
-"""DataConfig: which samples, how they are split and brought to one size. AugmentConfig: what training does to them."""
+"""DataConfig: which samples, how they are split and brought to one size. SamplesConfig: what stands for them. AugmentConfig: what training does."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ class DataConfig(Config):
     max_bad: Annotated[float, Field(ge=0, le=0.5, description="largest fraction of images that skip may leave out")] = 0.001
     cache: Literal["auto", "on", "off"] = no_key("auto", "keep decoded pixels on disk; auto does where they fit in 4 GiB")
     workers: int = no_key(2, "threads that read and decode", ge=0, le=64)
+
+
+class SamplesConfig(Config):
+    """Generated images, where there are no data: engines are built, compared and timed with them; nothing is said about accuracy."""
+
+    image_size: Annotated[int, Field(ge=8, le=1024, description="height and width in pixels of the images that the model takes")]
+    classes: Annotated[int, Field(ge=1, le=1_000_000, description="outputs of the model; their names are their numbers")]
+    count: Annotated[int, Field(ge=8, le=4096, description="how many images are generated")] = 64
+    resize: Annotated[Literal["squash", "crop"], Field(description="how predict.py of the bundle resizes images")] = "squash"
+    interpolation: Annotated[Literal["bilinear", "bicubic"], Field(description="filter of that resize")] = "bilinear"
 
 
 class AugmentConfig(Config):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INDEX, IMAGES = "index.json", "images.npy"
 CACHE_LIMIT_BYTES = 4 * 2**30
-_VERSION = 1
+VERSION = 1
 
 
 def build(cfg: DataConfig, seed: int, out: Path, *, cache_dir: Path | None = None, limit_bytes: int = CACHE_LIMIT_BYTES) -> dict[str, Any]:
@@ -52,6 +52,7 @@ class Dataset:
     cached: bool
     _parts: npt.NDArray[np.int8]  # (n,), position in PARTS
     _source: npt.NDArray[np.uint8] | _Source
+    labelled: bool = True  # False: generated images, whose labels mean nothing
 
     @classmethod
     def open(cls, path: Path, root: Path | None = None, *, workers: int = 0) -> Dataset:
@@ -59,13 +60,15 @@ class Dataset:
         import numpy as np  # plan reads data configs without numpy
 
         raw = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        if raw["version"] != _VERSION:
-            raise DataRefused(f"the dataset has version {raw['version']}", where=str(path), expected=str(_VERSION), hint="build it again")
+        if raw["version"] != VERSION:
+            raise DataRefused(f"the dataset has version {raw['version']}", where=str(path), expected=str(VERSION), hint="build it again")
         parts = np.asarray([PARTS.index(p) for p in raw["splits"]], dtype=np.int8)
         source = _pixels(path / IMAGES, raw) if (path / IMAGES).exists() else _Source.of(raw, root, workers)
         labels = np.asarray(raw["labels"], dtype=np.int64)
         cached = not isinstance(source, _Source)
-        return cls(tuple(raw["classes"]), tuple(raw["ids"]), labels, int(raw["image_size"]), cached, parts, source)
+        return cls(
+            tuple(raw["classes"]), tuple(raw["ids"]), labels, int(raw["image_size"]), cached, parts, source, bool(raw.get("labelled", True))
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -166,7 +169,7 @@ def _columns(cfg: DataConfig, index: Index, samples: Iterable[Sample], skipped: 
     ids, labels, splits, sizes, sha256 = zip(*samples, strict=True)
     settings = {"format": cfg.format, "image_size": cfg.image_size, "resize": cfg.resize, "interpolation": cfg.interpolation}
     columns = {"ids": ids, "labels": labels, "splits": splits, "sizes": sizes, "sha256": sha256}
-    return {"version": _VERSION, **settings, "classes": index.classes, **columns, "skipped": skipped}
+    return {"version": VERSION, **settings, "classes": index.classes, **columns, "skipped": skipped}
 
 
 def _meta(index: Index, samples: Sequence[Sample], skipped: dict[str, str], *, pixels_kept: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgekd.gate import paired_drop
+from edgekd.profile.precision import COARSEST_FIRST
 
 if TYPE_CHECKING:
     from edgekd.tasks._task import Floats, Ints, Task
@@ -32,7 +33,7 @@ _STILL = 0.1  # outputs that change less than this share of their room from imag
 
 def coarser(a: str, b: str) -> str:
     """Of two precisions the one that rounds more: what limits and tolerances go by."""
-    return min(a, b, key=("int8", "int8_weights", "fp16", "codebook", "fp32").index)
+    return min(a, b, key=COARSEST_FIRST.index)
 
 
 def compare(rung: str, limits: str, reference: Floats, found: Floats, labels: Ints | None, task: Task) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,11 @@ def load_state(model: nn.Module, path: Path, *, other_head: str = "") -> ModelSp
             state[name] = expected[name]
     state = fit_state_dict(state, {name: tensor.shape for name, tensor in expected.items()}, str(path))
     model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in state.items()}, strict=True)
+    return stored_spec(metadata)
+
+
+def stored_spec(metadata: Mapping[str, str]) -> ModelSpec | None:
+    """The spec that edgekd wrote into a file's metadata, if it did."""
     try:
         return ModelSpec.model_validate_json(metadata[_SPEC_METADATA]) if _SPEC_METADATA in metadata else None
     except ValidationError:  # of a version that this one does not know; the weights fit all the same

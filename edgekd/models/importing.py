@@ -34,8 +34,8 @@ def import_weights(
     defaults = architecture_defaults(arch)
     state, _ = load_weights(path)
     config = ModelConfig(arch=arch, args=dict(args), mean=_triple(mean), std=_triple(std))
-    size = image_size or int(args.get("img_size") or (defaults.get("input_size") or (3, 224, 224))[-1])
-    spec = make_spec(config, num_classes=num_classes or _classes(state, path), image_size=size)
+    size = image_size or own_size(defaults, args)
+    spec = make_spec(config, num_classes=num_classes or classes_of(state, path), image_size=size)
     model = build(spec)
     state = fit_state_dict(state, {n: t.shape for n, t in model.state_dict().items()}, str(path))
     _write(state, spec.model_dump_json(), target)
@@ -50,7 +50,12 @@ def import_weights(
     }
 
 
-def _classes(state: Mapping[str, Tensor], path: Path) -> int:
+def own_size(defaults: Mapping[str, Any], args: Mapping[str, Any]) -> int:
+    """The image size of an architecture: as its arguments say, else as timm trained it."""
+    return int(args.get("img_size") or (defaults.get("input_size") or (3, 224, 224))[-1])
+
+
+def classes_of(state: Mapping[str, Tensor], path: Path) -> int:
     """Outputs of the last layer: the last two-dimensional weight of the file."""
     heads = [t.shape[0] for n, t in state.items() if n.endswith("weight") and t.ndim == 2]
     if not heads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ def load_facts(
     device: DeviceProfile,
     feeds: Feeds,
     threads: int = 1,
+    options: Mapping[str, Any] | None = None,
     timeout_s: float = 120.0,
     transport: Transport | None = None,
 ) -> dict[str, Any]:
@@ -30,7 +32,8 @@ def load_facts(
     if not engine.is_file():
         raise FileMissing("there is no such engine", where=str(engine))
     inputs = {name: [str(value.dtype), list(value.shape)] for name, value in feeds.items()}
-    request = {"backend": backend, "engine": str(engine.resolve()), "device": device.id, "threads": threads, "inputs": inputs}
+    request = {"backend": backend, "engine": str(engine.resolve()), "device": device.id, "threads": threads}
+    request |= {"options": dict(options or {}), "inputs": inputs}
     reply = (transport or _local()).ask(request, timeout_s=timeout_s)
     facts = {name: reply.get(name) for name in ("load_ms", "peak_mib")}
     if not all(isinstance(value, int | float) for value in facts.values()):

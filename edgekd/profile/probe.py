@@ -1,6 +1,6 @@
 """Run by path in a fresh process: opens one engine, runs it once, reports how long that took and how much memory it needed.
 
-Request on stdin: {"backend", "engine", "device", "threads", "inputs": {name: [dtype, shape]}}.
+Request on stdin: {"backend", "engine", "device", "threads", "options", "inputs": {name: [dtype, shape]}}.
 Reply on stdout: {"load_ms", "peak_mib"} or {"error"}.
 """
 
@@ -24,7 +24,9 @@ def main() -> None:
     sys.stdout.write(json.dumps(reply))
 
 
-def load_and_run(backend: str, engine: str, device: str, threads: int, inputs: dict[str, tuple[str, list[int]]]) -> dict[str, float]:
+def load_and_run(
+    backend: str, engine: str, device: str, threads: int, options: dict[str, Any], inputs: dict[str, tuple[str, list[int]]]
+) -> dict[str, float]:
     """Milliseconds to open, and how far the peak resident size (MiB) rose over what imports had taken before."""
     import numpy as np
 
@@ -35,7 +37,7 @@ def load_and_run(backend: str, engine: str, device: str, threads: int, inputs: d
     runtime.prepare()
     feeds = {name: np.zeros(shape, dtype) for name, (dtype, shape) in inputs.items()}
     before, start = _status_mib("VmRSS"), time.perf_counter_ns()
-    session = runtime.open(Path(engine), threads=threads, device=profile)
+    session = runtime.open(Path(engine), threads=threads, device=profile, options=options)
     load_ms = (time.perf_counter_ns() - start) / 1e6
     session.run(feeds)
     return {"load_ms": load_ms, "peak_mib": max(0.0, _status_mib("VmHWM") - before)}

@@ -30,14 +30,14 @@ def profile_model(
     runtime = registry.load("backend", _backend_of(profile, backend, made[0]))()
     _reachable(profile, runtime, via)
     feeds = inputs_of(check_onnx(file), batch, file)
-    if runtime.builds or made == (runtime.name, profile.id):
+    if runtime.builds or made[:2] == (runtime.name, profile.id):
         file = _engine_file(model, runtime, profile)
     if layers and not hasattr(runtime, "layers"):
         raise BackendError(f"{runtime.name} gives no time per operator", where="--layers", hint="--backend onnxruntime")
     facts = load_facts(
-        file, runtime.name, device=profile, feeds=feeds, threads=threads
+        file, runtime.name, device=profile, feeds=feeds, threads=threads, options=made[2]
     )  # first: a bad engine may end the process that opens it
-    session = runtime.open(file, threads=threads, device=profile)
+    session = runtime.open(file, threads=threads, device=profile, options=made[2])
     samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
     session.close()
     found = {
@@ -57,7 +57,7 @@ def profile_model(
         "peak_mib": facts["peak_mib"],
     }
     if layers:
-        found["operators"] = [asdict(layer) for layer in runtime.layers(file, feeds, threads, profile)]
+        found["operators"] = [asdict(layer) for layer in runtime.layers(file, feeds, threads, profile, made[2])]
     return found
 
 
@@ -111,17 +111,18 @@ def inputs_of(proto: Any, batch: int, file: Path) -> Feeds:
     return feeds
 
 
-def _made(model: Path) -> tuple[str | None, str | None]:
-    """The runtime and the device of a bundle's engine; nothing where its engine is its graph."""
+def _made(model: Path) -> tuple[str | None, str | None, dict[str, Any]]:
+    """The runtime, the device and the options of a bundle's engine; nothing where its engine is its graph."""
     from edgekd.bundle import read_facts, read_manifest
 
     if not model.is_dir():
-        return None, None
+        return None, None, {}
     manifest = read_manifest(model)
     facts = read_facts(model, manifest)
     if facts.get("engine_file") in (None, facts["model_file"]):
-        return None, None
-    return manifest.get("engine", {}).get("runtime"), manifest.get("target")
+        return None, None, {}
+    engine = manifest.get("engine", {})
+    return engine.get("runtime"), manifest.get("target"), engine.get("options", {})
 
 
 def _backend_of(profile: DeviceProfile, name: str, built_with: str | None) -> str:

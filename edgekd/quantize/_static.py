@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import BackendError, DataRefused, EdgekdError, OnnxRefused
+from edgekd.profile.precision import assert_fp32
+from edgekd.quantize._finite import first_not_finite
 from edgekd.quantize._lower import lower
 from edgekd.quantize._quantizer import inner_nodes, tidied
 
@@ -29,21 +31,38 @@ _MORE_ACTIVATIONS = {
     "x8s8": ("HardSwish", "HardSigmoid", "Sigmoid", "Elu", "LeakyRelu", "Gelu", "Tanh", "Mish")
 }  # OpenVINO fuses nearly all
 _PASSING = ("Clip", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice", "Pad", "Split")  # int8 as what they get
-_ROUNDED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
 AUTO, CALIBRATIONS = "auto", ("minmax", "entropy", "percentile")
 Overrides = dict[str, list[dict[str, Any]]]  # tensor -> onnxruntime's TensorQuantOverrides
 
 
 def prepare(graph: Path, out: Path) -> None:
-    """The graph as it is quantized: batch norms folded, constants computed, shapes inferred, every node with a name, lowered to what has int8 kernels."""
+    """The graph as it is quantized: batch norms folded, constants computed, shapes inferred, every node with a name, lowered to what has int8 kernels.
+
+    Raises OnnxRefused for a graph that is quantized already, BackendError with the preparation's reason.
+    """
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with _quiet():
+    with _refused(graph), _quiet():
+        assert_fp32(onnx.load_model_from_string(graph.read_bytes()), graph.name)
         quant_pre_process(str(graph), str(out), skip_symbolic_shape=True)
-    proto = onnx.load_model_from_string(out.read_bytes())
-    _named(proto.graph)
-    out.write_bytes(tidied(lower(proto)).SerializeToString(deterministic=True))
+        proto = onnx.load_model_from_string(out.read_bytes())
+        _named(proto.graph)
+        out.write_bytes(tidied(lower(proto)).SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def _refused(graph: Path) -> Iterator[None]:
+    """Any failure of onnxruntime's quantizer, which raises many unrelated types, is a BackendError with its reason."""
+    try:
+        yield
+    except (OSError, MemoryError, EdgekdError):  # the machine's, or said already
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise BackendError(
+            f"the graph cannot be quantized: {reason}", where=graph.name, hint="leave the quantize stage out, or precision: fp32"
+        ) from error
 
 
 def _named(body: Any) -> None:
@@ -86,39 +105,33 @@ def static_int8(
     )
     extra |= {"OpTypesToExcludeOutputQuantization": _FLOAT_OUT, "QDQKeepRemovableActivations": True}  # activations are merged below
     try:
-        _assert_fp32(onnx.load_model_from_string(graph.read_bytes()), graph.name)
-        prepare(graph, prepared)
-        if trained is not None:
-            proto = onnx.load_model_from_string(prepared.read_bytes())
-            extra["TensorQuantOverrides"] = trained(proto)
-            prepared.write_bytes(proto.SerializeToString(deterministic=True))
-        layout = _layout(prepared, keep, flavour)
-        if not kept.is_file():
-            _calibrate(prepared, kept, samples, method, layout.ops, graph.name)
-        if flavour == "x8s8":
-            extra["TensorQuantOverrides"] = _signed(kept) | extra.get("TensorQuantOverrides", {})
-        with _quiet():
-            quantize_static(
-                str(prepared),
-                str(out),
-                None,
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(layout.ops),
-                per_channel=per_channel,
-                reduce_range=flavour == "u8s8_reduced",
-                activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=sorted(layout.left),
-                calibrate_method=method,
-                calibration_cache_path=kept,
-                extra_options=extra,
-            )
-    except (OSError, MemoryError, EdgekdError):  # the machine's, or said already
-        raise
-    except Exception as error:  # the quantizer raises many unrelated types
-        raise BackendError(
-            f"the graph cannot be quantized: {error}", where=graph.name, hint="leave the quantize stage out, or precision: fp32"
-        ) from error
+        with _refused(graph):
+            prepare(graph, prepared)
+            if trained is not None:
+                proto = onnx.load_model_from_string(prepared.read_bytes())
+                extra["TensorQuantOverrides"] = trained(proto)
+                prepared.write_bytes(proto.SerializeToString(deterministic=True))
+            layout = _layout(prepared, keep, flavour)
+            if not kept.is_file():
+                _calibrate(prepared, kept, samples, method, layout.ops, graph.name)
+            if flavour == "x8s8":
+                extra["TensorQuantOverrides"] = _signed(kept) | extra.get("TensorQuantOverrides", {})
+            with _quiet():
+                quantize_static(
+                    str(prepared),
+                    str(out),
+                    None,
+                    quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=list(layout.ops),
+                    per_channel=per_channel,
+                    reduce_range=flavour == "u8s8_reduced",
+                    activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                    nodes_to_exclude=sorted(layout.left),
+                    calibrate_method=method,
+                    calibration_cache_path=kept,
+                    extra_options=extra,
+                )
     finally:
         prepared.unlink(missing_ok=True)
         if ranges is None:
@@ -128,18 +141,6 @@ def static_int8(
     counts = {op: sum(n.op_type == op for n in proto.graph.node) for op in ("QuantizeLinear", "DequantizeLinear")}
     precision = "int8" if counts["QuantizeLinear"] else "fp32"  # where every operator is kept
     return {"precision": precision, "flavour": flavour, "calibration": how, **counts}
-
-
-def _assert_fp32(proto: Any, where: str) -> None:
-    """Rounding twice loses accuracy for nothing."""
-    found = next((n for n in proto.graph.node if n.op_type in _ROUNDED or n.op_type.startswith("QLinear")), None)
-    if found is not None:
-        raise OnnxRefused(
-            f"it is quantized already: node '{found.name}' is a {found.op_type}",
-            where=where,
-            expected="a graph in fp32",
-            hint="leave the stage out",
-        )
 
 
 def _signed(ranges: Path) -> Overrides:
@@ -287,24 +288,48 @@ def _calibrate(prepared: Path, out: Path, samples: Iterator[NDArray[np.float32]]
         calibrator = create_calibrator(str(prepared), list(ops), augmented_model_path=augmented, calibrate_method=method)
         name, seen = _input_name(prepared), 0
         for batch in samples:
-            with np.errstate(invalid="ignore"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # what is not finite is refused below, with its node
-                calibrator.collect_data(_Reader(batch, name))
+            _collect(calibrator, _Reader(batch, name), prepared, where)
             seen += len(batch)
         if not seen:
             raise DataRefused(
                 "there is no image to calibrate with", where="the training part", hint="more images; or a smaller fixed batch"
             )
         found = calibrator.compute_data()
-    for node in onnx.load_model_from_string(prepared.read_bytes()).graph.node:  # in order: the first is where it began
+    for node in onnx.load_model_from_string(prepared.read_bytes()).graph.node:  # infinities that came of the graph's own
         if broken := [o for o in node.output if o in found and not all(np.isfinite(v).all() for v in found[o].range_value)]:
-            raise OnnxRefused(
-                f"on the calibration images tensor '{broken[0]}' is not finite, made by node '{node.name}'",
-                where=where,
-                expected="finite activations",
-                hint="its weights or its normalisation are wrong: model.mean, model.std",
-            )
+            raise _not_finite(node, broken[0], where)
     save_tensors_data(found, out)
+
+
+def _collect(calibrator: Any, reader: _Reader, prepared: Path, where: str) -> None:
+    """Adds one batch to the ranges; raises OnnxRefused with the node at which its values stop being finite.
+
+    Of a NaN calibrators tell by a warning only (its range may be lost among those of other batches), or by an error about a histogram without a range.
+    """
+    import numpy as np
+
+    batch, problem = next(iter(reader.left[0].values())), None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", RuntimeWarning)
+        try:
+            calibrator.collect_data(reader)
+        except ValueError as error:
+            problem = error
+    ranges = getattr(calibrator, "calibrate_tensors_range", None) or {}  # of minmax, so far
+    broken = any(not np.isfinite(v).all() for tensor in ranges.values() for v in tensor.range_value)
+    if (problem or broken or said) and (node := first_not_finite(prepared, batch)) is not None:
+        raise _not_finite(node, node.output[0], where)
+    if problem:
+        raise problem
+
+
+def _not_finite(node: Any, tensor: str, where: str) -> OnnxRefused:
+    return OnnxRefused(
+        f"on the calibration images tensor '{tensor}' is not finite, made by node '{node.name}' ({node.op_type})",
+        where=where,
+        expected="finite activations",
+        hint="its weights or its normalisation are wrong: model.mean, model.std",
+    )
 
 
 class _Reader:

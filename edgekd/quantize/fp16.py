@@ -16,6 +16,7 @@ from pydantic import Field
 
 from edgekd.config import Config as Base
 from edgekd.errors import BackendError
+from edgekd.profile.precision import assert_fp32
 from edgekd.quantize._quantizer import tidied
 from edgekd.registry import register
 
@@ -58,6 +59,7 @@ class FP16:
         from onnxruntime.transformers.onnx_model import OnnxModel
 
         proto = onnx.load_model_from_string(graph.read_bytes())
+        assert_fp32(proto, graph.name)
         known = {n.name for n in proto.graph.node}
         missing = set(self.config.keep_nodes) - known
         if missing:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from edgekd.config import Config as Base
+from edgekd.profile.precision import assert_fp32
 from edgekd.quantize._quantizer import take_out, tidied
 from edgekd.registry import register
 
@@ -46,6 +47,7 @@ class WeightOnly:
         from onnx import numpy_helper
 
         proto = onnx.load_model_from_string(graph.read_bytes())
+        assert_fp32(proto, graph.name)
         body, worst, packed = proto.graph, 0.0, 0
         nodes: list[Any] = []
         for tensor in list(body.initializer):

@@ -20,22 +20,18 @@ def model_card(
     recipe: str,
     target: str,
     origin: Mapping[str, Any],
-    test: Mapping[str, Any],
+    test: Mapping[str, Any] | None,
     parity: Sequence[Mapping[str, Any]],
 ) -> str:
-    """`facts`: bundle.json; `test`: metrics on the test split and their number of samples; `parity`: rows of the ladder."""
+    """`facts`: bundle.json; `test`: metrics on the test split and their number of samples, None without data; `parity`: rows of the ladder."""
     labels, prepare = facts["labels"], facts["preprocess"]
     shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
-    metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(test["metrics"].items()))
-    rungs = "\n".join(
-        f"| {r['rung']} | {r['max_abs']:.3g} | {r['cosine']:.6f} | {r['agreement']:.2%} | {'yes' if r['ok'] else 'no'} |" for r in parity
-    )
     batch = "any" if facts["fixed_batch"] is None else facts["fixed_batch"]
     side = prepare["image_size"]
     resized = f"resized ({prepare['resize']}, {prepare['interpolation']}), minus {_numbers(prepare['mean'])}, divided by {_numbers(prepare['std'])}"
     return f"""# Model card
 
-{facts["task"].capitalize()} into {len(labels)} classes, compressed by edgekd (recipe `{recipe}`, target `{target}`). Architecture: {origin.get("student", "unknown")}\
+{facts["task"].capitalize()} into {len(labels)} classes, made by edgekd (recipe `{recipe}`, target `{target}`). Architecture: {origin.get("student", "unknown")}\
 {f", taught by {origin['teacher']}" if "teacher" in origin else ""}. Stored in {_PRECISIONS[facts["precision"]]}.
 
 ## Use
@@ -49,19 +45,30 @@ groups of people or places, and the labels of its dataset are taken as they were
 
 ## Measured
 
-On {test["samples"]} test images, read once, by this file:
+{_tested(test)}
+{_compared(parity, "generated" if test is None else "val")}
+Latency depends on the device and is not part of this file: `edgekd profile FOLDER` measures it there.
+"""
 
-| metric | value |
-|---|---|
-{metrics}
 
-Each form of the model against the one before it, on val images:
+def _tested(test: Mapping[str, Any] | None) -> str:
+    if test is None:
+        return "Accuracy was not measured: no data were given. Its labels are the numbers of the outputs.\n"
+    metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(test["metrics"].items()))
+    return f"On {test['samples']} test images, read once, by this file:\n\n| metric | value |\n|---|---|\n{metrics}\n"
+
+
+def _compared(parity: Sequence[Mapping[str, Any]], images: str) -> str:
+    if not parity:
+        return "It came as an ONNX file and was compared with no other form of the model.\n"
+    rungs = "\n".join(
+        f"| {r['rung']} | {r['max_abs']:.3g} | {r['cosine']:.6f} | {r['agreement']:.2%} | {'yes' if r['ok'] else 'no'} |" for r in parity
+    )
+    return f"""Each form of the model against the one before it, on {images} images:
 
 | step | largest error | cosine | same decision | inside its limits |
 |---|---|---|---|---|
 {rungs}
-
-Latency depends on the device and is not part of this file: `edgekd profile FOLDER` measures it there.
 """
 
 

@@ -49,11 +49,11 @@ class Bundle:
         "graph": Kind.GRAPH,
         "engine": Kind.ENGINE,
         "data": Kind.DATA,
-        "test": Kind.METRICS,
+        "test?": Kind.METRICS,
         "parity": Kind.METRICS,
     }
     gives = Kind.BUNDLE
-    version = 4
+    version = 5
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -77,7 +77,6 @@ class Bundle:
         body = {
             "schema": "edgekd.bundle/1",
             "model_file": "model.onnx",
-            "engine_file": model_file,
             "input": facts["input"],
             "output": facts["output"],
             "fixed_batch": facts["fixed_batch"],
@@ -87,6 +86,7 @@ class Bundle:
             "preprocess": settings_,
             "postprocess": task_of(settings).postprocess(),
             "labels": list(dataset.classes),
+            "samples": "images of val" if dataset.labelled else "generated: no data were given, accuracy was not measured",
             "build": build,
             "tolerance": _TOLERANCE[facts["precision"]] * _write_samples(folder / "samples.npz", graph, dataset, ctx),
         }
@@ -101,7 +101,7 @@ class Bundle:
             recipe=config.recipe,
             target=config.target,
             origin=config.provenance,
-            test=inputs["test"].json(METRICS),
+            test=inputs["test"].json(METRICS) if "test" in inputs else None,
             parity=inputs["parity"].json(PARITY),
         )
         (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
@@ -117,7 +117,7 @@ class Bundle:
                 "target": config.target,
                 "backend": backend,
                 "precision": facts["precision"],
-                "metrics": inputs["test"].json(METRICS)["metrics"],
+                "metrics": inputs["test"].json(METRICS)["metrics"] if "test" in inputs else {},
                 "data": inputs["data"].meta.get("fingerprint"),
                 "provenance": config.provenance,
                 "engine": engine_facts(engine.meta),
@@ -128,7 +128,7 @@ class Bundle:
 
 
 def _write_samples(path: Path, graph: Artifact, dataset: Any, ctx: Context) -> float:
-    """Pixels of a few val images and the outputs they give, so that any device can check itself; returns the largest output."""
+    """Pixels of a few val (or generated) images and the outputs they give, so that any device can check itself; returns the largest output."""
     import numpy as np
 
     from edgekd.safeio.arrays import write_arrays
@@ -142,14 +142,17 @@ def _write_samples(path: Path, graph: Artifact, dataset: Any, ctx: Context) -> f
 
 
 def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact], backend: str, section: str) -> str:
-    metrics = inputs["test"].json(METRICS)
-    shown = ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics["metrics"].items()))
+    tested = "accuracy was not measured: no data were given, the sample images are generated"
+    if "test" in inputs:
+        metrics = inputs["test"].json(METRICS)
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics["metrics"].items()))
+        tested = f"test metrics of this file, {metrics['samples']} images: {shown}"
     origin = "\n".join(f"- {k}: {v}" for k, v in sorted(config.provenance.items()))
     return f"""# What this is
 
 Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}` ({backend}, {facts["precision"]}).
 
-- test metrics of this file, {metrics["samples"]} images: {shown}
+- {tested}
 - data fingerprint: {inputs["data"].meta.get("fingerprint")}
 {origin}
 

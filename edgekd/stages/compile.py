@@ -87,7 +87,10 @@ def open_engine(engine: Artifact, *, threads: int | None = None) -> tuple[Sessio
         raise BackendError(facts["refused"], where=facts["backend"])
     backend = registry.load("backend", facts["backend"])()
     session: Session = backend.open(
-        engine.path / facts["model_file"], threads=threads or facts["threads"], device=load_device(facts["device"])
+        engine.path / facts["model_file"],
+        threads=threads or facts["threads"],
+        device=load_device(facts["device"]),
+        options=engine.meta.get("options"),
     )
     return session, facts
 

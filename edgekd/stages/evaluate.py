@@ -52,6 +52,10 @@ class Evaluate:
             raise DataRefused(f"the dataset has no {split} part", hint=f"-o data.split.{split}=0.15")
         session, facts = open_engine(inputs["engine"], threads=ctx.threads)
         outputs = run_engine(session, facts, dataset, positions, ctx, settings.name)
+        if bad := int((~np.isfinite(outputs).reshape(len(outputs), -1).all(1)).sum()):
+            ctx.console.warn(
+                f"{settings.name}: the outputs of {bad} of {len(outputs)} images are not finite; they count as wrong answers at best"
+            )
         teacher = np.load(inputs["teacher"].path / OUTPUTS) if "teacher" in inputs else None
         labels = dataset.labels[positions]
         if hasattr(task, "misfit") and (wrong := task.misfit(outputs, len(dataset.classes))):

@@ -3,7 +3,8 @@
 An int8 convolution pays for the Quantize and Dequantize nodes around it only where it has many operations for each value that passes, so sets that
 grow by that ratio are built and measured against fp32, and beside them the operators that gained when they were quantized alone (sensitivity.py). From
 the best set on, operators that lost alone and stretches of the graph are switched, each change kept only if the interleaved measurement is sure. Then
-accuracy on val: while the drop is too large, the operators that cost most of it for what they gain go back to fp32.
+accuracy on val: while the drop is too large, the operators that cost most of it for what they gain go back to fp32, each time twice as many; those whose
+going back changes nothing stay, and others go. What is left is measured against fp32 once more.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ if TYPE_CHECKING:
 
 _NESTED = (1.0, 0.75, 0.55, 0.4, 0.3, 0.2, 0.12, 0.06)  # shares of the operators, densest in operations first
 _STRETCHES = 10  # pieces of the graph that are switched as one
-_BACK = 0.1  # share of the quantized operators that go back to fp32 at once
+_BACK = 0.1  # share of the quantized operators that go back to fp32 first
+_TRIES = 8  # graphs that are judged on val at least: doubling reaches an accurate set or none in fewer
 _LEAST_GAIN = 0.002  # of the latency: below, what an operator gains is noise
 
 
 @register("stage")
 class Mix:
     class Config(RunConfig):
-        evaluations: int = Field(24, ge=1, le=200, description="graphs that are built and measured")
+        evaluations: int = Field(
+            24, ge=1, le=200, description="graphs that are built and measured; what is left of them, and 8 at least, is judged on val"
+        )
         accuracy_drop_max: float = Field(0.01, ge=0, le=1, description="largest drop on val against the graph as it came")
 
     takes: Mapping[str, Kind] = {"graph": Kind.GRAPH, "data": Kind.DATA, "sensitivity": Kind.DECISION}
     gives = Kind.DECISION
-    version = 2
+    version = 3
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
     method_kind = "quantize"
 
@@ -72,14 +76,31 @@ class _Search:
                 return self._everything("no graph could be built or measured in the time of a trial")
             if best:
                 best = self._switched(best)
-                best = self._accurate(best)
-        found = self._facts(best)
         if not best:
-            why = f"no set of the {len(names)} operators is certainly faster in int8, or none keeps the accuracy"
-            return found | {"reason": why, "chosen": "before", "verdict": "rolled back", "why": why}
-        ratio = next((t["ratio"] for t in reversed(self.trials) if t["quantized"] == sorted(best) and t["ratio"] is not None), None)
-        told = f": {ratio:.2f}x the latency of fp32" if ratio is not None else ""
-        return found | {"reason": f"{len(best)} of {len(names)} operators in int8{told}", "chosen": "after"}
+            return self._nothing(f"no set of the {len(names)} operators is certainly faster in int8")
+        if not (accurate := self._accurate(best)):
+            points = 100 * self.config.accuracy_drop_max
+            return self._nothing(
+                f"of the {len(best)} operators that are faster in int8 no set was found that loses at most {points:g} points"
+            )
+        return self._confirmed(accurate)
+
+    def _confirmed(self, best: set[str]) -> dict[str, Any]:
+        """The decision for a set, if it is faster than fp32 itself: operators went back, and sets were compared with one another."""
+        found, told = self._measured(best, None), f"{len(best)} of {len(self.graphs.operators)} operators in int8"
+        self.trials.append({"quantized": sorted(best), "ratio": found["ratio"], "ci95": found["ci95"]})
+        if found["ratio"] is None:
+            return self._nothing(f"{told} could not be measured against fp32 at the end")
+        ratio, (low, high) = found["ratio"], found["ci95"]
+        if not high < 1:
+            return self._nothing(
+                f"{told} are not certainly faster than fp32 at the end: {ratio:.2f}x its latency ({low:.2f} to {high:.2f})"
+            )
+        return self._facts(best) | {"reason": f"{told}: {ratio:.2f}x the latency of fp32", "chosen": "after"}
+
+    def _nothing(self, why: str) -> dict[str, Any]:
+        """The decision to leave the graph as it came."""
+        return self._facts(set()) | {"reason": why, "chosen": "before", "verdict": "rolled back", "why": why}
 
     def _everything(self, why: str) -> dict[str, Any]:
         """The decision where nothing could be searched: as without a search."""
@@ -136,16 +157,20 @@ class _Search:
     def _against(self, chosen: set[str], other: set[str] | None) -> float:
         """Upper end of the interval of latency ratios: `chosen` to `other`, or to fp32; below 1 it is certainly faster."""
         self.ctx.stop.check()
-        found: dict[str, Any] = {"ratio": None}
-        try:
-            found = self._compared(chosen, other)
-        except BackendError as problem:  # one set that a runtime refuses is no reason to end the search
-            self.ctx.console.say(f"  {len(chosen)} operators: {problem}")
+        found = self._measured(chosen, other)
         ratio, high = (float("inf"), float("inf")) if found["ratio"] is None else (found["ratio"], found["ci95"][1])
         against = "fp32" if other is None else f"{len(other)} operators"
         self.trials.append({"quantized": sorted(chosen), "against": against, "ratio": ratio if ratio < float("inf") else None})
         self.bar.update(self.config.evaluations - self._left(), int8=str(len(chosen)), ratio=f"{ratio:.3f}")
         return float(high)
+
+    def _measured(self, chosen: set[str], other: set[str] | None) -> dict[str, Any]:
+        """Ratio of latencies with its interval; none where a runtime refuses the set, which is no reason to end the search."""
+        try:
+            return self._compared(chosen, other)
+        except BackendError as problem:
+            self.ctx.console.say(f"  {len(chosen)} operators: {problem}")
+            return {"ratio": None, "ci95": None}
 
     def _compared(self, chosen: set[str], other: set[str] | None) -> dict[str, Any]:
         """Ratio of latencies with its interval: the graph with `chosen` quantized to that with `other`, or to fp32."""
@@ -154,31 +179,74 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------------ accuracy
     def _accurate(self, best: set[str]) -> set[str]:
-        """Fewer and fewer operators until the drop on val lies inside the limit, or none is left."""
-        reference = self._scores(set())
-        while best:
-            drop = float((reference - self._scores(best)).mean())
-            self.trials.append({"quantized": sorted(best), "drop": drop, "ratio": self._compared(best, None)["ratio"]})
-            if drop <= self.config.accuracy_drop_max:
-                break
-            self.ctx.console.say(f"  {len(best)} operators in int8 lose {100 * drop:.2f} points: the worst go back")
-            best = best - self._worst(best)
-        return best
+        """What of the set keeps the drop on val inside the limit; nothing where no try did.
+
+        More and more operators go back, in the order that helps; then as many of the last ones as fit come again.
+        """
+        self.reference, self.tries = self._scores(set()), max(self._left(), _TRIES)
+        orders, gone, count = [self._costly, self._others], list[str](), max(1, round(_BACK * len(best)))
+        with self.ctx.console.bar("accuracy", self.tries) as bar:
+            self.bar, self.planned = bar, self.tries
+            drop = self._drop(best)
+            while drop > self.config.accuracy_drop_max:
+                if len(best) == 1 or not self.tries:
+                    return set()
+                going = orders[0](best)[: min(count, len(best) - 1)]
+                fewer = best - set(going)
+                found = self._drop(fewer) if going else drop
+                if found >= drop and len(orders) > 1:  # what went back costs nothing: it stays
+                    del orders[0]
+                    continue
+                best, gone, drop, count = fewer, going, found, 2 * count
+            return self._come_again(best, gone)
+
+    def _come_again(self, best: set[str], gone: list[str]) -> set[str]:
+        """The set with those of the last step, worst first, that need not have gone."""
+        few, enough = 0, len(gone)
+        while enough - few > 1 and self.tries:
+            middle = (few + enough) // 2
+            if self._drop(best | set(gone[middle:])) <= self.config.accuracy_drop_max:
+                enough = middle
+            else:
+                few = middle
+        return best | set(gone[enough:])
+
+    def _drop(self, chosen: set[str]) -> float:
+        """Of the metric on val against fp32; infinite where a runtime refuses the set."""
+        self.ctx.stop.check()
+        drop: float | None = None
+        try:
+            drop = float((self.reference - self._scores(chosen)).mean())
+        except BackendError as problem:
+            self.ctx.console.say(f"  {len(chosen)} operators: {problem}")
+        self.tries -= 1
+        self.trials.append({"quantized": sorted(chosen), "drop": drop})
+        shown = "refused" if drop is None else f"{drop:.4f}"
+        self.bar.update(self.planned - self.tries, int8=str(len(chosen)), drop=shown)
+        return float("inf") if drop is None else drop
 
     def _scores(self, chosen: set[str]) -> Any:
         session = self.graphs.open(self.graphs.built(chosen)) if chosen else self.graphs.fp32
         return self.graphs.scores(self.graphs.outputs(session))
 
-    def _worst(self, best: set[str]) -> set[str]:
-        """The operators that cost most accuracy for what they gain; where none was measured alone, those at which tensors turn away most."""
-        count = max(1, round(_BACK * len(best)))
+    def _costly(self, best: set[str]) -> list[str]:
+        """The operators that were measured alone, those first that cost most accuracy for what they gain."""
         known = [row for row in self.alone.values() if row["node"] in best]
-        if known:
-            costs = {row["node"]: (max(row["drop"], 0.0) + row["error"]) / max(1 - row["ratio"], _LEAST_GAIN) for row in known}
-            return set(sorted(costs, key=lambda n: (-costs[n], n))[:count])
-        return set(self._steepest(best, count)) or set(sorted(best)[:count])
+        costs = {row["node"]: (max(row["drop"], 0.0) + row["error"]) / max(1 - row["ratio"], _LEAST_GAIN) for row in known}
+        return sorted(costs, key=lambda n: (-costs[n], n))
 
-    def _steepest(self, best: set[str], count: int) -> list[str]:
+    def _others(self, best: set[str]) -> list[str]:
+        """All operators: those first at which tensors turn away most, then the least dense, which gain least."""
+        steep: list[str] = []
+        try:
+            steep = self._steepest(best)
+        except (OSError, MemoryError):  # the machine's
+            raise
+        except Exception as problem:  # where to begin is no more than a help, and onnxruntime may refuse what the target's runtime takes
+            self.ctx.console.say(f"  the tensors of {len(best)} operators cannot be compared: {problem}")
+        return list(dict.fromkeys([*steep, *(n for n in reversed(self.graphs.operators) if n in best)]))
+
+    def _steepest(self, best: set[str]) -> list[str]:
         import onnx
 
         from edgekd.data.normalise import normalised
@@ -189,7 +257,7 @@ class _Search:
         feeds = {graphs.facts["input"]: normalised(graphs.dataset.images(graphs.positions[:size]), graphs.facts)}
         before, after = (onnx.load_model_from_string(f.read_bytes()) for f in (graphs.graph, graphs.built(best)))
         tensors = [t for t in compare_tensors(before, after, feeds, feeds) if t.node in best]
-        return [t.node for t in steepest(tensors, count)]
+        return [t.node for t in steepest(tensors, len(best))]
 
 
 def _pieces(names: Sequence[str], count: int) -> Iterator[list[str]]:

@@ -50,7 +50,7 @@ class Parity:
 
         task, dataset = task_of(settings), open_dataset(inputs["data"], ctx)
         positions = drawn(dataset, "val", settings.typed(self.Config).samples)
-        labels, rows = dataset.labels[positions], []
+        labels, rows = dataset.labels[positions] if dataset.labelled else None, []
         places = _Places(inputs, dataset, positions[:_PROBES])
         onnx = graph_outputs(inputs["fp32"], dataset, positions, ctx)
         if "model" in inputs:

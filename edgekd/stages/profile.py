@@ -53,11 +53,11 @@ class Profile:
         name, facts = unique[shipped.digest], opened[unique[shipped.digest]][1]
         backend, file = registry.load("backend", facts["backend"])(), shipped.path / facts["model_file"]
         device = load_device(config.device)
-        footprint = load_facts(file, facts["backend"], device=device, feeds=feeds[name], threads=config.threads)
+        options = shipped.meta.get("options")
+        footprint = load_facts(file, facts["backend"], device=device, feeds=feeds[name], threads=config.threads, options=options)
         try:
-            layers = (
-                [asdict(layer) for layer in backend.layers(file, feeds[name], config.threads, device)] if hasattr(backend, "layers") else []
-            )
+            found = backend.layers(file, feeds[name], config.threads, device, options) if hasattr(backend, "layers") else []
+            layers = [asdict(layer) for layer in found]
         except BackendError as problem:  # a table for the report: what was measured counts without it
             ctx.console.warn(f"there is no time per operator: {problem}")
             layers = []

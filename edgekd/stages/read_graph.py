@@ -26,11 +26,12 @@ class ReadGraph:
     Config = ModelConfig
     takes: Mapping[str, Kind] = {"data": Kind.DATA}
     gives = Kind.GRAPH
-    version = 2
+    version = 3
     libraries = ("onnx",)
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.opset import opset_of, raised
+        from edgekd.profile.precision import assert_fp32, precision_of
         from edgekd.safeio.onnxfile import check_onnx
         from edgekd.stages._common import open_dataset, unchanged
 
@@ -40,6 +41,8 @@ class ReadGraph:
         shutil.copyfile(config.onnx, out / GRAPH)
         unchanged(out / GRAPH, settings)
         given, dataset = check_onnx(out / GRAPH, where=config.onnx), open_dataset(inputs["data"], ctx)
+        if settings.facts.get("quantizes"):  # before anything is measured; a quantizer would say the same of a copy in the store
+            assert_fp32(given, str(config.onnx))
         _assert_numbers(given, config.onnx)
         proto = raised(given, str(config.onnx))
         if proto is not given:
@@ -50,7 +53,8 @@ class ReadGraph:
             raise OnnxRefused(
                 f"its input is {size} x {size} pixels, the data are {dataset.image_size}",
                 where=str(config.onnx),
-                hint=f"-o data.image_size={size}",
+                hint=f"--image-size {size} for a single command such as edgekd quantize; "
+                f"-o {'data' if dataset.labelled else 'samples'}.image_size={size} for a recipe",
             )
         if config.mean is None or config.std is None:
             ctx.console.warn(
@@ -59,7 +63,7 @@ class ReadGraph:
         mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
         names = {"input": entry.name, "output": proto.graph.output[0].name}
         batch = int(entry.type.tensor_type.shape.dim[0].dim_value) or None
-        facts = names | {"fixed_batch": batch, "image_size": dataset.image_size, "mean": mean, "std": std, "precision": "fp32"}
+        facts = names | {"fixed_batch": batch, "image_size": dataset.image_size, "mean": mean, "std": std, "precision": precision_of(proto)}
         (out / FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
         return {"arch": config.onnx.stem, "nodes": len(proto.graph.node)}
 

@@ -86,12 +86,14 @@ class Classification:
 
 
 def calibration_error(logits: Floats, labels: Ints) -> float:
-    """Expected calibration error over 15 equal bins of confidence. Source: Guo et al. 2017, equation 3."""
+    """Expected calibration error over 15 equal bins of confidence; an answer that is not finite has none. Source: Guo et al. 2017, equation 3."""
     import numpy as np
 
     z = logits.astype(np.float64)
-    p = np.exp(z - z.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        p = np.exp(z - z.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+    p = np.nan_to_num(p, nan=0.0)
     confidence, correct = p.max(1), p.argmax(1) == labels
     bins = np.minimum((confidence * _ECE_BINS).astype(int), _ECE_BINS - 1)
     gaps = [

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib
 import json
+import os
 import re
 import sys
 import time
@@ -31,6 +32,9 @@ def main() -> None:
     bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
     manifest = json.loads((HERE / MANIFEST).read_text(encoding="utf-8"))
     check_files(manifest)
+    for name in (ENGINE, CACHE, MANIFEST):  # of a build that was killed
+        if (HERE / (name + ".part")).is_file():
+            (HERE / (name + ".part")).unlink()
     trt = load(bundle["build"]["backend"])
     print(f"building with {trt.__name__} {trt.__version__} ...")
     plan, cache, engine = build(trt, bundle, known_kernels(manifest))
@@ -43,12 +47,12 @@ def main() -> None:
         found.update(run(trt, plan, bundle, cuda), measured=True)
         p50 = found["latency_ms"]["p50"]
         print(f"sample outputs within {found['gap']:.3g} (tolerance {bundle['tolerance']:.3g}); p50 {p50:.3f} ms")
-    (HERE / ENGINE).write_bytes(plan)  # not before it passed: a bundle with a file of no manifest counts as tampered with
+    write(HERE / ENGINE, plan)  # not before it passed: a bundle with a file of no manifest counts as tampered with
     if cache:
-        (HERE / CACHE).write_bytes(cache)
+        write(HERE / CACHE, cache)
     elif (HERE / CACHE).is_file():
         (HERE / CACHE).unlink()
-    complete(bundle, manifest, engine, found)
+    complete(manifest, engine, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -69,12 +73,13 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def complete(bundle: dict[str, Any], manifest: dict[str, Any], engine: dict[str, Any], found: dict[str, Any]) -> None:
-    """The engine, with what it was built and what was measured, under the same digest as everything else."""
-    bundle["engine_file"] = ENGINE
-    write(HERE / "bundle.json", json.dumps(bundle, sort_keys=True, indent=1, ensure_ascii=True) + "\n")
+def complete(manifest: dict[str, Any], engine: dict[str, Any], found: dict[str, Any]) -> None:
+    """The engine, with what it was built and what was measured, under the same digest as everything else.
+
+    The manifest comes last: until it is there, a kill leaves an engine that is not the manifest's, and running this again completes it.
+    """
     manifest["files"].pop(CACHE, None)
-    for name in ("bundle.json", ENGINE, CACHE):
+    for name in (ENGINE, CACHE):
         if (HERE / name).is_file():
             manifest["files"][name] = {"size": (HERE / name).stat().st_size, "sha256": sha256(HERE / name)}
     manifest["engine"], manifest["built"] = engine, found
@@ -84,13 +89,16 @@ def complete(bundle: dict[str, Any], manifest: dict[str, Any], engine: dict[str,
         print(f"{SIGNATURE} was removed: the manifest changed with the engine; sign it again")
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     manifest["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
-    write(HERE / MANIFEST, json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True) + "\n")
+    write(HERE / MANIFEST, (json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True) + "\n").encode())
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+def write(path: Path, data: bytes) -> None:
+    """Whole or not at all, also where the power fails."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 
@@ -154,6 +162,7 @@ def facts(trt: Any, config: Any, shapes: dict[str, Any], asked: dict[str, Any]) 
     """What the manifest says of an engine, in the words that edgekd uses for one of its own."""
     flags = [name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)]
     found = {
+        "file": ENGINE,
         "runtime": asked["backend"],
         "version": trt.__version__,
         "compute_capability": asked.get("compute_capability"),

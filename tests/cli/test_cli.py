@@ -100,6 +100,8 @@ def test_check_as_json_names_stages_and_targets() -> None:
         (("profile", "nowhere.onnx"), 3, "file_missing"),
         (("predict", "nowhere.onnx", "--device", "rpi5"), 3, "file_missing"),
         (("verify", "nowhere"), 3, "file_missing"),
+        (("compile", "nowhere.onnx"), 3, "file_missing"),
+        (("export", "nowhere.onnx"), 3, "file_missing"),
         (("import", "nowhere.pt", "--arch", "resnet18"), 3, "file_missing"),
         (("store", "why", "abc"), 2, "usage"),
         (("no-such-command",), 2, "usage"),

@@ -14,13 +14,13 @@ import torch
 from edgekd.artifact import Artifact, Kind
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
 from edgekd.bundle import verify_files, write_facts, write_manifest
-from edgekd.errors import BackendError, DeviceError
+from edgekd.errors import BackendError, BundleRefused, DeviceError, ResourceError
 from edgekd.export.onnx import INPUT, OUTPUT, export_onnx
 from edgekd.stages._stage import Settings
 from edgekd.stages.profile import TRACE, Profile
 from edgekd.verify import rebuild
 from tests.fake_tensorrt import on_the_cpu
-from tests.support import run_here
+from tests.support import run_here, write_keys
 
 SIZE, DEVICE = 16, "jetson-orin-nano"
 needs_rtx = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
@@ -61,10 +61,9 @@ def make(graph: Path, tmp_path: Path) -> Callable[..., Path]:
         np.savez(folder / "samples.npz", pixels=pixels, outputs=first[:, None] * np.arange(4, dtype=np.float32))
         (folder / "model.onnx").write_bytes(graph.read_bytes())
         (folder / "model.engine").write_bytes(plan)
-        engine = {"runtime": "tensorrt", "version": "10.3.0", "max_batch": 2, "options": {}} | said
+        engine = {"file": "model.engine", "runtime": "tensorrt", "version": "10.3.0", "max_batch": 2, "options": {}} | said
         facts = {
             "model_file": "model.onnx",
-            "engine_file": "model.engine",
             "input": INPUT,
             "output": OUTPUT,
             "fixed_batch": None,
@@ -103,6 +102,10 @@ def profiled(model: Path, *more: str) -> Any:
     return run_here("profile", model, "--device", DEVICE, "--seconds", "0.1", *more)
 
 
+def verified(folder: Path, *more: str) -> Any:
+    return run_here("verify", folder, "--run-engine", *more)
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -121,7 +124,7 @@ def test_the_engine_of_a_bundle_is_what_profile_measures_with_its_layers(gpu: ty
 
 
 def test_verify_runs_the_sample_images_through_the_engine(gpu: type[Transport], make: Callable[..., Path]) -> None:
-    result = run_here("verify", make(), "--json")
+    result = verified(make(), "--json")
     assert result.code == 0, result.err
     assert result.json()["engine"].startswith("5 of 5 sample images give the stored label")
 
@@ -130,7 +133,7 @@ def test_an_engine_that_answers_otherwise_breaks_parity(
     gpu: type[Transport], make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.fake_tensorrt.IExecutionContext.execute_async_v3", lambda *_: True)
-    result = run_here("verify", make())
+    result = verified(make())
     assert result.code == 4
     assert "the engine's outputs differ" in result.err
 
@@ -139,6 +142,25 @@ def test_where_the_device_is_elsewhere_the_engine_is_not_opened_and_that_is_said
     result = run_here("verify", make())
     assert result.code == 0, result.err
     assert "engine: the engine was not opened: " in result.out
+
+
+def test_an_engine_that_nobody_vouches_for_is_not_run(
+    gpu: type[Transport], make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[str] = []
+    real = Transport.ask
+    monkeypatch.setattr(Transport, "ask", lambda self, request, **more: opened.append(request["engine"]) or real(self, request, **more))
+    folder = make()
+    result = run_here("verify", folder)
+    assert (result.code, opened) == (0, [])
+    assert "the engine was not run: it is code" in result.out
+    pytest.importorskip("cryptography", reason="pip install 'edgekd[sign]'")
+    key, public = write_keys(tmp_path / "keys")
+    assert run_here("sign", folder, "--key", key).code == 0
+    assert "the engine was not run" in run_here("verify", folder).out
+    result = run_here("verify", folder, "--signed-by", public)
+    assert (result.code, len(opened)) == (0, 1), result.err
+    assert "5 of 5 sample images" in result.out
 
 
 # ------------------------------------------------------------------------------------------------------------ refused
@@ -161,7 +183,7 @@ def test_an_engine_that_does_not_fit_is_5_with_the_way_out_and_nothing_is_lost(
     before = bytes_of(folder)
     commands = [profiled(folder, "--backend", "tensorrt")]
     if "runtime" not in change:  # of another runtime: verify asks that one
-        commands += [run_here("verify", folder)] * ("target" not in change)
+        commands += [verified(folder)] * ("target" not in change)
     for result in commands:
         assert result.code == 5, result.text
         assert said in result.err
@@ -181,7 +203,7 @@ def test_an_engine_that_ends_the_process_that_opens_it_ends_another_one(
     monkeypatch.setattr(Transport, "end", DeviceError("the measuring process ended with status -11"))
     monkeypatch.setattr("edgekd.backends.tensorrt.TrtSession", lambda *_: pytest.fail("opened in this process"))
     folder = make()
-    for result in (profiled(folder), run_here("verify", folder)):
+    for result in (profiled(folder), verified(folder)):
         assert result.code == 5
         assert "ended with status -11" in result.err
 
@@ -227,6 +249,41 @@ def test_build_makes_a_damaged_engine_again(make: Callable[..., Path], damage: s
 
 
 @needs_rtx
+def test_a_bundle_is_built_from_inside_and_through_a_link(
+    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, link = make(b"fake engine", "rtx4090", runtime="tensorrt_rtx"), tmp_path / "link"
+    link.symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for path in (".", link):
+        result = run_here("verify", path, "--build")
+        assert result.code == 0, result.err
+        assert Path.cwd() == folder
+        assert link.is_symlink()
+        assert verify_files(folder)["engine"]["file"] == "model.engine"
+        (folder / "model.engine").write_bytes(b"damaged")
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", ["other.engine", "sub/model.engine", "sub/model.cache"])
+def test_only_what_a_build_writes_is_replaced_and_nothing_else_is_sealed(make: Callable[..., Path], name: str) -> None:
+    folder = make(target="rtx4090", runtime="tensorrt_rtx")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"from elsewhere")
+    result = run_here("verify", folder, "--build")
+    assert (result.code, f"not in the manifest: {name}" in result.err) == (3, True), result.text
+
+
+def test_what_a_killed_build_leaves_is_named_with_the_way_to_complete_it(make: Callable[..., Path]) -> None:
+    folder = make()
+    (folder / "manifest.json.part").write_bytes(b"{")
+    with pytest.raises(BundleRefused, match=r"not in the manifest: manifest\.json\.part") as refused:
+        verify_files(folder)
+    assert f"edgekd verify {folder} --build" in refused.value.hint
+    verify_files(folder, rebuilding=True)
+
+
+@needs_rtx
 def test_a_graph_that_was_changed_is_not_built(make: Callable[..., Path]) -> None:
     folder = make(target="rtx4090", runtime="tensorrt_rtx")
     (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes() + b"\0")
@@ -240,22 +297,23 @@ def test_a_graph_that_was_changed_is_not_built(make: Callable[..., Path]) -> Non
 def test_a_build_that_fails_leaves_the_bundle_as_it_was(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     from edgekd.console import Console
 
-    folder, rename = make(target="rtx4090", runtime="tensorrt_rtx"), Path.rename
+    folder, replace = make(target="rtx4090", runtime="tensorrt_rtx"), Path.replace
+    (folder / "manifest.sig").write_bytes(b"s" * 64)
     before = bytes_of(folder)
 
     def fails(*_: object, **__: object) -> None:
         raise BackendError("no memory is left")
 
     def stuck(self: Path, target: Path) -> Path:
-        if self.name == "new":
+        if self.name == "manifest.json":
             raise OSError(5, "input/output error")
-        return rename(self, target)
+        return replace(self, target)
 
     if where == "build":
         monkeypatch.setattr(TensorRTForRTX, "convert", fails)
     else:
-        monkeypatch.setattr(Path, "rename", stuck)
-    with pytest.raises((BackendError, OSError)):
+        monkeypatch.setattr(Path, "replace", stuck)
+    with pytest.raises((BackendError, ResourceError)):
         rebuild(folder, Console(quiet=True))
     assert bytes_of(folder) == before
     assert sorted(p.name for p in folder.parent.iterdir()) == ["bundle"]

@@ -19,7 +19,7 @@ from edgekd.artifact import digest_of
 from edgekd.backends.tensorrt import TensorRT
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
 from edgekd.bundle import SIGNATURE, engine_facts, verify_files, write_manifest
-from edgekd.errors import BackendError
+from edgekd.errors import BackendError, BundleRefused
 from edgekd.export.onnx import INPUT, OUTPUT, export_onnx
 from edgekd.profile.device import load_device
 from edgekd.profile.host import driver
@@ -195,7 +195,6 @@ def bundle(tiny: Path, tmp_path: Path) -> Path:
     options = TensorRTForRTX.Options().model_dump(mode="json")
     facts = {
         "model_file": "model.onnx",
-        "engine_file": "model.onnx",
         "input": INPUT,
         "output": OUTPUT,
         "fixed_batch": None,
@@ -219,7 +218,7 @@ def test_build_py_builds_and_completes_a_manifest_that_still_verifies(bundle: Pa
     manifest = verify_files(bundle)
     assert manifest["built"]["backend"] == "tensorrt_rtx"
     assert manifest["files"]["model.engine"]["size"] == (bundle / "model.engine").stat().st_size > 10_000
-    assert json.loads((bundle / "bundle.json").read_text())["engine_file"] == "model.engine"
+    assert manifest["engine"]["file"] == "model.engine"
     assert digest_of(manifest)  # canonical JSON of both sides is the same, or verify_files had refused it
     assert run_script(bundle).returncode == 0  # it can be repeated
     verify_files(bundle)
@@ -260,6 +259,34 @@ def test_build_py_keeps_what_tensorrt_learnt_and_uses_only_what_it_wrote_itself(
     done = run_script(jetson)
     assert (done.returncode, "known: 0 bytes" in done.stdout) == (0, True), done.stderr
     verify_files(jetson)
+
+
+KILLED = """\
+import os, pathlib, runpy, sys
+calls, stop = [], int(sys.argv[1])
+for name in ("replace", "unlink"):
+    def counted(self, *arguments, real=getattr(pathlib.Path, name)):
+        if len(calls) == stop:
+            os._exit(9)
+        calls.append(self.name)
+        return real(self, *arguments)
+    setattr(pathlib.Path, name, counted)
+runpy.run_path("build.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])  # before the engine, the removal of the signature, the manifest
+def test_a_build_py_that_is_killed_leaves_a_bundle_that_it_completes(bundle: Path, stop: int) -> None:
+    (bundle / SIGNATURE).write_bytes(bytes(64))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(stop)], cwd=bundle, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 9, done.stderr
+    with pytest.raises(BundleRefused, match="not in the manifest") as refused:
+        verify_files(bundle)
+    assert "python3 build.py" in refused.value.hint
+    done = run_script(bundle)
+    assert done.returncode == 0, done.stderr
+    assert "model.engine" in verify_files(bundle)["files"]
+    assert not list(bundle.glob("*.part"))
 
 
 def test_build_py_takes_the_signature_of_the_old_manifest_away_and_says_so(bundle: Path) -> None:

@@ -60,9 +60,13 @@ def test_an_engine_runs_refuses_wrong_inputs_and_closes(gpu: None, engine: Path)
         session.run({INPUT: X})
 
 
-def test_a_version_compatible_engine_may_bring_its_own_runtime(gpu: None, engine: Path) -> None:
+def test_only_a_version_compatible_engine_may_bring_its_own_runtime(gpu: None, engine: Path) -> None:
     engine.write_bytes(b"fake engine and a lean runtime")
-    assert TensorRT().open(engine, threads=1, device=JETSON).output_names == [OUTPUT]
+    lasting = {"version_compatible": True}
+    assert TensorRT().open(engine, threads=1, device=JETSON, options=lasting).output_names == [OUTPUT]
+    for options in (None, {}, {"version_compatible": False}):
+        with pytest.raises(BackendError, match="the engine cannot be opened"):
+            TensorRT().open(engine, threads=1, device=JETSON, options=options)
 
 
 def test_layers_have_their_times_types_precisions_and_formats(gpu: None, engine: Path) -> None:

@@ -16,19 +16,9 @@ from torch.nn import functional as F
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
 from tests.support import Result, run_here, write_images
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "stored")
 needs_rtx = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
 SIDE = 32
-
-
-@pytest.fixture(scope="module")
-def own_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("learned-home")
-
-
-@pytest.fixture(autouse=True)
-def _store(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEKD_HOME", str(own_store))
 
 
 @pytest.fixture(scope="module")

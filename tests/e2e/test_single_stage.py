@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,17 +16,7 @@ from tests.support import REPOSITORY, Result, run_here, write_images, write_keys
 
 RESNET_CIFAR = REPOSITORY / "recipes" / "cifar10" / "resnet_cifar.py"
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
-@pytest.fixture(scope="module")
-def own_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("single-home")
-
-
-@pytest.fixture(autouse=True)
-def _store(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEKD_HOME", str(own_store))
+pytestmark = pytest.mark.usefixtures("quick", "stored")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +92,22 @@ def test_the_bill_of_materials_reads_back_with_the_manifests_hashes_and_the_card
     card = (bundle / "MODEL_CARD.md").read_text()
     assert f"| top1 | {exported.json()['targets'][0]['metric']:.4f} |" in card
     assert "torch fp32 -> ONNX fp32" in card
+
+
+@pytest.mark.parametrize("method", ["ptq", "fp16", "weight_only"])  # fp16 would be left out on a CPU, with exit 0
+def test_a_file_that_is_quantized_already_is_refused_before_anything_is_measured(
+    exported: Result, photos: Path, tmp_path: Path, method: str
+) -> None:
+    import numpy as np
+
+    from edgekd.quantize.ptq import PTQ
+
+    images = np.zeros((4, 3, 32, 32), np.float32) + np.linspace(-1, 1, 32, dtype=np.float32)
+    PTQ(PTQ.Config()).quantize(bundle_of(exported) / "model.onnx", tmp_path / "mine.onnx", iter([images]), "u8s8")
+    refused = single("quantize", tmp_path / "mine.onnx", photos, tmp_path / "run", "--method", method)
+    assert (refused.code, refused.json()["error"]["where"]) == (3, str(tmp_path / "mine.onnx"))
+    assert "DequantizeLinear" in refused.json()["error"]["what"]
+    assert "model.engine" not in refused.err
 
 
 def test_the_exported_graph_computes_what_the_weights_do(exported: Result, weights: Path) -> None:
@@ -235,6 +243,17 @@ def test_an_onnx_file_for_other_images_is_refused(photos: Path, tmp_path: Path) 
     assert "it is not a classifier of square images" in result.err
 
 
+def test_outputs_that_are_not_finite_are_counted_and_said(photos: Path, tmp_path: Path) -> None:
+    path = onnx_net(tmp_path / "m.onnx", 3)
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1e30), tensor.name))
+    onnx.save(proto, path)
+    result = single("export", path, photos, tmp_path / "run")
+    assert "images are not finite" in result.err, result.text
+
+
 @pytest.mark.parametrize("batch", [3, 16])
 def test_an_onnx_file_for_a_fixed_batch_ships_verifies_predicts_and_is_profiled_as_it_is(photos: Path, tmp_path: Path, batch: int) -> None:
     import subprocess
@@ -274,9 +293,10 @@ def test_verify_opens_no_file_but_the_bundles_own_checked_model(exported: Result
     for name, words in names.items():
         bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / name.replace("/", "_")))
         shutil.copyfile(bundle / "model.onnx", bundle / "model.ort")  # a sound graph, of which onnxruntime would read something else
-        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name, "engine_file": name}
+        facts = json.loads((bundle / "bundle.json").read_text()) | {"model_file": name}
         (bundle / "bundle.json").write_text(json.dumps(facts))
         manifest = json.loads((bundle / MANIFEST).read_text())
+        manifest["engine"]["file"] = name
         (bundle / MANIFEST).unlink()
         write_manifest(bundle, {k: v for k, v in manifest.items() if k not in ("schema", "files", "digest")})
         result = run_here("verify", bundle)
@@ -290,9 +310,8 @@ def test_verify_opens_no_graph_as_an_engine_that_nobody_checked(exported: Result
 
     bundle = Path(shutil.copytree(bundle_of(exported), tmp_path / "b"))
     (bundle / "other.onnx").write_bytes(b"not read by anyone")
-    facts = json.loads((bundle / "bundle.json").read_text()) | {"engine_file": "other.onnx"}
-    (bundle / "bundle.json").write_text(json.dumps(facts))
     manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["engine"]["file"] = "other.onnx"
     (bundle / MANIFEST).unlink()
     write_manifest(bundle, {k: v for k, v in manifest.items() if k not in ("schema", "files", "digest")})
     for command in (("verify", bundle), ("profile", bundle)):

@@ -19,19 +19,9 @@ from edgekd.backends.tensorrt_rtx import TensorRTForRTX
 from edgekd.bundle import SIGNATURE
 from tests.support import Result, run_here, write_images
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "stored")
 needs_rtx = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
 needs_openvino = pytest.mark.skipif(OpenVino().available() is not None, reason=str(OpenVino().available()))
-
-
-@pytest.fixture(scope="module")
-def own_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("targets-home")
-
-
-@pytest.fixture(autouse=True)
-def _store(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEKD_HOME", str(own_store))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +89,7 @@ def test_a_device_that_builds_its_own_engine_gets_the_script_and_the_command_for
     assert "no engine is built here" in result.err
     assert (bundle / "build.py").is_file()
     facts = json.loads((bundle / "bundle.json").read_text())
-    assert (facts["engine_file"], facts["build"]["compute_capability"]) == ("model.onnx", "8.7")
+    assert facts["build"]["compute_capability"] == "8.7"
     command = next(line for line in (bundle / "PROVENANCE.md").read_text().splitlines() if "--onnx=model.onnx" in line)
     assert command.split()[0] == "trtexec"
     assert "--optShapes=images:1x3x32x32" in command
@@ -114,6 +104,7 @@ def test_another_runtime_of_this_machine_is_measured_and_stands_in_the_parity_ta
     assert result.code in (0, 4), result.err
     [target] = result.json()["targets"]
     assert (target["backend"], target["measured"]) == ("openvino", True)
+    assert "sample images give the stored label" in run_here("verify", bundle_of(result), "--json").json()["engine"]
     assert 'model.reshape({"images": [1, 3, 32, 32]})' in (bundle_of(result) / "PROVENANCE.md").read_text()
     assert "ONNX int8 -&gt; openvino" in (tmp_path / "run" / "report.html").read_text()
 
@@ -135,7 +126,7 @@ def test_a_target_in_ort_format_ships_the_file_and_its_operators_beside_the_grap
     assert ("ONNX int8 -&gt; ORT format" in (tmp_path / "run" / "report.html").read_text()) == (
         device == "host"
     )  # of rpi5 nothing runs here
-    said = run_here("verify", bundle, "--json").json()["engine"]
+    said = run_here("verify", bundle, "--run-engine", "--json").json()["engine"]
     assert ("sample images give the stored label" if device == "host" else "the engine was not opened: rpi5 is not this machine") in said
     measured = run_here("profile", bundle, "--seconds", "0.2", "--json").json()
     assert measured["size_bytes"] == (bundle / ("model.ort" if device == "host" else "model.onnx")).stat().st_size

@@ -728,3 +728,23 @@ def test_cifar_jpegs_are_indexed_split_and_decoded(tmp_path: Path) -> None:
     assert [len(data.split(p)) for p in ("train", "val", "test")] == [340, 60, len(list((tmp_path / "tree/test").rglob("*.jpg")))]
     expected = Image.open(io.BytesIO((tmp_path / "tree" / data.ids[7]).read_bytes()))
     assert np.array_equal(data.images(np.array([7]))[0], np.asarray(expected))
+
+
+# ------------------------------------------------------------------------------------------------ instead of data
+def test_generated_samples_are_a_dataset_of_their_seed_whose_labels_mean_nothing(tmp_path: Path) -> None:
+    from edgekd.data.config import SamplesConfig
+    from edgekd.data.generated import build as generate
+
+    cfg, found = SamplesConfig(image_size=20, classes=4, count=10), {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        generate(cfg, seed, tmp_path / name)
+        found[name] = Dataset.open(tmp_path / name)
+    first = found["a"]
+    assert (first.labelled, first.classes, first.image_size) == (False, ("0", "1", "2", "3"), 20)
+    assert [len(first.split(p)) for p in ("train", "val", "test")] == [0, 10, 0]
+    pixels = {name: data.images(data.split("val")) for name, data in found.items()}
+    assert len({image.tobytes() for image in pixels["a"]}) == 10
+    assert np.array_equal(pixels["a"], pixels["b"])
+    assert not np.array_equal(pixels["a"], pixels["c"])
+    assert made(config(image_tree(tmp_path / "real")), tmp_path / "out").labelled

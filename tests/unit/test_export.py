@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from edgekd.errors import BackendError, DataRefused, OnnxRefused, ParityBroken
@@ -299,6 +299,43 @@ def test_calibration_in_which_something_is_not_finite_names_the_tensor_and_its_n
     onnx.save(proto, tmp_path / "infinite.onnx")
     with pytest.raises(OnnxRefused, match=r"is not finite, made by node '.*onv"):
         PTQ(PTQ.Config()).quantize(tmp_path / "infinite.onnx", tmp_path / "m.onnx", samples(), "u8s8")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # what numpy says of it is no news to a user
+@pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
+@pytest.mark.parametrize("made_by", ["Log", "Reciprocal"])  # NaN, infinity
+def test_the_node_that_makes_a_value_that_is_not_finite_is_named_and_not_those_that_it_reaches(
+    graph: Path, tmp_path: Path, made_by: str, calibration: str
+) -> None:
+    proto = onnx.load(graph)
+    first = next(n for n in proto.graph.node if n.op_type == "Relu")  # zeros, some of which become infinite
+    bad = helper.make_node(
+        "Sub" if made_by == "Log" else "Identity", [first.output[0], "one"][: 2 if made_by == "Log" else 1], ["low"], "low"
+    )
+    culprit = helper.make_node(made_by, ["low"], ["culprit.out"], "culprit")
+    after = helper.make_node("Neg", ["culprit.out"], ["after.out"], "after")  # of which a range is kept
+    for node in proto.graph.node:
+        node.input[:] = ["after.out" if name == first.output[0] else name for name in node.input]
+    place = list(proto.graph.node).index(first) + 1
+    for node in (after, culprit, bad):
+        proto.graph.node.insert(place, node)
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "one"))
+    onnx.save(proto, tmp_path / "bad.onnx")
+    with pytest.raises(OnnxRefused, match=r"tensor 'culprit.out' is not finite, made by node 'culprit'"):
+        quantized(tmp_path / "bad.onnx", "u8s8", tmp_path / "m.onnx", calibration=calibration)
+
+
+def test_a_batch_that_is_not_finite_after_others_that_are_is_found(graph: Path, tmp_path: Path) -> None:
+    proto = onnx.load(graph)
+    body, [entry] = proto.graph, proto.graph.input
+    for node in body.node:
+        node.input[:] = ["root" if name == entry.name else name for name in node.input]
+    body.node.insert(0, helper.make_node("Sqrt", [entry.name], ["root"], "culprit"))
+    onnx.save(proto, tmp_path / "root.onnx")
+    good = [np.abs(images) for images in samples()]
+    PTQ(PTQ.Config()).quantize(tmp_path / "root.onnx", tmp_path / "m.onnx", iter(good), "u8s8")
+    with pytest.raises(OnnxRefused, match="made by node 'culprit'"):
+        PTQ(PTQ.Config()).quantize(tmp_path / "root.onnx", tmp_path / "m.onnx", iter([*good, -good[0]]), "u8s8")
 
 
 def test_ranges_do_not_depend_on_how_images_are_batched(graph: Path, tmp_path: Path) -> None:

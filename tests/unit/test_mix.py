@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import onnx
 import pytest
 import timm
 import torch
+from onnxruntime.quantization import shape_inference
 
 from edgekd.backends.openvino import OpenVino
 from edgekd.console import Console
@@ -21,7 +23,10 @@ from edgekd.plan import build_plan
 from edgekd.quantize._static import _layout
 from edgekd.quantize.ptq import PTQ
 from edgekd.recipe import load
-from edgekd.stages.mix import Mix, _Search
+from edgekd.stages import _common
+from edgekd.stages._partial import PartialGraphs
+from edgekd.stages._stage import Settings
+from edgekd.stages.mix import _TRIES, Mix, _Search
 from edgekd.stages.sensitivity import _rows
 
 NODES = [f"n{i}" for i in range(20)]  # in the order of the graph
@@ -55,13 +60,14 @@ class Search(_Search):
         return found * 1.01
 
     def _compared(self, chosen: set[str], other: set[str] | None) -> dict[str, Any]:
-        return {"ratio": self.cost(chosen)}
+        ratio = self.cost(chosen)
+        return {"ratio": ratio, "ci95": [ratio * 0.99, ratio * 1.01]}
 
     def _scores(self, chosen: set[str]) -> Any:
         return np.full(4, -self.drop(chosen) if chosen else 0.0)
 
-    def _steepest(self, best: set[str], count: int) -> list[str]:
-        return [max(best, key=NODES.index)]
+    def _steepest(self, best: set[str]) -> list[str]:
+        return sorted(best, key=NODES.index, reverse=True)
 
 
 def additive(gains: dict[str, float]) -> Callable[[set[str]], float]:
@@ -121,6 +127,103 @@ def test_the_operator_that_costs_most_accuracy_for_its_gain_goes_back_first() ->
     assert len(found["keep"]) <= 4  # two at a time
 
 
+ALL_GAIN = additive(dict.fromkeys(NODES, 0.03))
+
+
+def judged(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [t for t in found["trials"] if "drop" in t]
+
+
+def test_where_known_operators_cost_nothing_they_stay_and_others_go_back() -> None:
+    search = Search(ALL_GAIN, 10, drop=lambda chosen: 0.05 * (NODES[19] in chosen), alone=tuple(NODES[:6]))
+    assert search.run()["keep"] == [NODES[19]]  # its neighbour, which went with it, came again
+
+
+def test_where_no_known_operator_is_in_the_set_others_go_back() -> None:
+    gains = dict.fromkeys(NODES, 0.03) | {NODES[0]: -0.03}
+    search = Search(additive(gains), 40, drop=lambda chosen: 0.05 * (NODES[19] in chosen), alone=(NODES[0],))
+    assert search.run()["keep"] == [NODES[0], NODES[19]]
+
+
+def test_all_of_the_operators_that_cost_accuracy_go_back_though_some_are_known_and_some_are_not() -> None:
+    losing = {NODES[2], NODES[3], NODES[17]}
+    search = Search(ALL_GAIN, 40, drop=lambda chosen: 0.02 * len(losing & chosen), alone=tuple(NODES[:6]))
+    assert losing <= set(search.run()["keep"])
+
+
+@pytest.mark.parametrize("evaluations", [1, 10, 60])
+@pytest.mark.parametrize("alone", [(), tuple(NODES)])
+def test_an_accuracy_that_never_comes_back_ends_with_nothing_after_a_bounded_number_of_tries(
+    evaluations: int, alone: tuple[str, ...]
+) -> None:
+    search = Search(ALL_GAIN, evaluations, drop=lambda chosen: 0.5, alone=alone)
+    found = search.run()
+    assert 1 < len(judged(found)) <= _TRIES
+    assert (found["quantized"], found["chosen"]) == (0, "before")
+    assert "loses at most 1 points" in found["why"]
+
+
+@pytest.mark.parametrize("accurate", [1, 2, 3, 7, 19])
+def test_however_few_operators_keep_the_accuracy_some_are_found(accurate: int) -> None:
+    found = Search(ALL_GAIN, 10, drop=lambda chosen: 0.5 * (len(chosen) > accurate)).run()
+    assert found["quantized"] == accurate
+
+
+def test_the_search_for_accuracy_shows_its_progress() -> None:
+    shown: list[tuple[str, float, list[float]]] = []
+
+    class Told(Console):
+        @contextmanager
+        def bar(self, name: str, total: float) -> Iterator[Any]:
+            shown.append((name, total, []))
+            yield SimpleNamespace(update=lambda done, **_: shown[-1][2].append(done))
+
+    search = Search(ALL_GAIN, 10, drop=lambda chosen: 0.002 * len(chosen))
+    search.ctx.console = Told(quiet=True)
+    found = search.run()
+    assert [name for name, *_ in shown] == ["search", "accuracy"]
+    _, total, steps = shown[1]
+    assert steps == list(range(1, len(judged(found)) + 1))
+    assert steps[-1] <= total
+
+
+def test_a_set_that_a_runtime_refuses_on_val_is_a_trial_like_others() -> None:
+    class Refusing(Search):
+        def _scores(self, chosen: set[str]) -> Any:
+            if NODES[19] in chosen:
+                raise BackendError("no kernel for it")
+            return super()._scores(chosen)
+
+    found = Refusing(ALL_GAIN, 10).run()
+    assert judged(found)[0]["drop"] is None
+    assert found["keep"] == [NODES[19]]
+
+
+def test_tensors_that_cannot_be_compared_do_not_end_the_search() -> None:
+    class Blind(Search):
+        def _steepest(self, best: set[str]) -> list[str]:
+            raise RuntimeError("onnxruntime has no such kernel")
+
+    found = Blind(ALL_GAIN, 10, drop=lambda chosen: 0.05 * (NODES[0] in chosen)).run()
+    assert found["keep"] == [NODES[0]]  # the least dense
+
+
+def test_what_is_left_must_still_be_faster_than_fp32() -> None:
+    found = Search(lambda chosen: 0.8 if len(chosen) == 20 else 1.02, 1, drop=lambda chosen: 0.05 * (NODES[19] in chosen)).run()
+    assert (found["quantized"], found["keep"], found["chosen"]) == (0, sorted(NODES), "before")
+    assert "19 of 20 operators in int8 are not certainly faster than fp32 at the end: 1.02x" in found["why"]
+
+
+def test_what_cannot_be_measured_at_the_end_is_not_kept() -> None:
+    class Refusing(Search):
+        def _compared(self, chosen: set[str], other: set[str] | None) -> dict[str, Any]:
+            raise BackendError("no kernel for it")
+
+    found = Refusing(ALL_GAIN, 10).run()
+    assert (found["quantized"], found["chosen"]) == (0, "before")
+    assert "could not be measured" in found["why"]
+
+
 # ------------------------------------------------------------------------------------------------------------ one operator at a time
 def test_each_operator_is_quantized_alone_and_a_refused_one_is_a_row(tmp_path: Path) -> None:
     class Alone(Graphs):
@@ -158,8 +261,8 @@ def test_each_operator_is_quantized_alone_and_a_refused_one_is_a_row(tmp_path: P
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("graph")
-    export_onnx(timm.create_model("resnet10t", num_classes=4).eval(), 32, folder / "m.onnx")
-    PTQ.prepare(folder / "m.onnx", folder / "prepared.onnx")
+    export_onnx(timm.create_model("resnet10t", num_classes=4).eval(), 32, folder / "model.onnx")
+    PTQ.prepare(folder / "model.onnx", folder / "prepared.onnx")
     return folder / "prepared.onnx"
 
 
@@ -223,6 +326,22 @@ def test_nodes_without_a_name_are_candidates_too(graph: Path, tmp_path: Path) ->
 def test_a_node_to_keep_that_is_not_there_is_named(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no node 'conv99'"):
         PTQ(PTQ.Config(keep_nodes=("conv99",))).quantize(graph, tmp_path / "m.onnx", batches(), "u8s8")
+
+
+def test_a_graph_that_onnxruntime_cannot_prepare_ends_a_search_with_its_reason(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no optimizer for it\nand a stack of C++")
+
+    monkeypatch.setattr(shape_inference, "quant_pre_process", fails)
+    for name in ("open_dataset", "drawn"):
+        monkeypatch.setattr(_common, name, lambda *_: None)
+    inputs: Any = {"graph": SimpleNamespace(path=graph.parent, json=lambda _: {}), "data": None}
+    settings = Settings("quantize.mix", Mix.Config(), "ptq", PTQ.Config(), {"flavour": "u8s8"})
+    with pytest.raises(BackendError, match=r"the graph cannot be quantized: no optimizer for it$") as caught:
+        PartialGraphs(settings, settings.config, inputs, tmp_path, SimpleNamespace())  # type: ignore[arg-type]
+    assert (caught.value.exit_code, "leave the quantize stage out" in str(caught.value.hint)) == (5, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan

@@ -336,6 +336,24 @@ def two_runtimes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenVino, "available", lambda self: None)
 
 
+def test_every_quantizing_stage_starts_from_the_fp32_graph_and_is_gated_against_what_was_kept() -> None:
+    text = (
+        BARE + "stages: [{quantize: {search: 6}}, {quantize: {name: packed, method: weight_only}}, {quantize: {name: again, search: 6}}]\n"
+    )
+    plan = planned(text)
+    for name in ("quantize", "quantize.sensitivity", "quantize.mix", "packed", "again", "again.sensitivity", "again.trial"):
+        assert plan.step(name).inputs["graph"] == "student.export", name
+    kept = Choice.of_gate("quantize.gate", "student.engine", "quantize.engine")
+    assert plan.step("packed.gate").inputs["before"] == kept
+    assert plan.step("again.gate").inputs["before"] == Choice.of_gate("packed.gate", kept, "packed.engine")
+    assert plan.step("host.parity").inputs["fp32"] == "student.export"
+
+
+def test_a_file_is_read_with_whether_it_will_be_quantized() -> None:
+    assert planned("ONNX file").step("model").settings.facts["quantizes"] is True
+    assert planned(HEAD + "model: {onnx: model.onnx}\n").step("model").settings.facts["quantizes"] is False
+
+
 @pytest.mark.usefixtures("two_runtimes")
 def test_where_two_runtimes_are_here_all_of_their_graphs_race() -> None:
     plan = planned("ONNX file", "quantize.search=8")

@@ -18,7 +18,7 @@ from edgekd.export.parity import LIMITS, coarser, compare
 from edgekd.quantize.fp16 import FP16
 from edgekd.quantize.weight_only import WeightOnly, pack, unpack
 from edgekd.safeio.onnxfile import check_onnx
-from edgekd.tasks.classification import Classification
+from edgekd.tasks.classification import Classification, calibration_error
 
 SIZE = 16
 
@@ -134,6 +134,14 @@ def test_outputs_that_are_not_finite_never_pass(limits: str, bad: float) -> None
     row = compare("rung", limits, reference, found, reference.argmax(1), Classification())
     assert (row["ok"], row["failed"]) == (False, ["finite"])
     assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))  # run.json holds no NaN
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_answer_that_is_not_finite_has_no_confidence_and_numpy_says_nothing(bad: float) -> None:
+    logits = np.array([[9.0, 0.0], [bad, 0.0]])
+    sure = calibration_error(logits[:1], np.array([0]))
+    assert calibration_error(logits, np.array([0, 1])) == pytest.approx(sure / 2)  # wrong, and not sure of it
 
 
 def test_agreement_is_judged_on_answers_that_rounding_cannot_change() -> None:

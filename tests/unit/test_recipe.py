@@ -80,6 +80,10 @@ def test_every_problem_is_reported_at_once_with_its_place_and_a_near_name(here: 
         (("  train: {epochs: 2}\n", ""), r"the teacher is not trained"),
         (("model: {arch: resnet10t}", "model: {}"), r"model: expected either arch or onnx"),
         (("version: 1", "version: 2"), r"1:1: version"),
+        (("data: {format: digits, image_size: 32}\n", ""), r"r\.yaml:1:1: data: missing; it has no default"),
+        (("data: {format: digits, image_size: 32}", "data: null"), r"data: expected a dataset, got nothing"),
+        (("data: {format: digits,", "samples: {classes: 10,"), r"samples: 'distill' needs data, and generated samples have no labels"),
+        (("stages:", "samples: {classes: 10, image_size: 32}\nstages:"), r"samples: there are data, so nothing is generated"),
     ],
 )
 def test_a_wrong_value_is_refused_where_it_stands(here: Path, change: tuple[str, str], words: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.bundle import MANIFEST, SIGNATURE, manifest_bytes, read_manifest, verify_files, write_manifest
+from edgekd.bundle import MANIFEST, SIGNATURE, manifest_bytes, read_manifest, replace_built, verify_files, write_manifest
 from edgekd.errors import BundleRefused, ResourceError, UsageError
 from edgekd.signature import check_signature, sign
 from tests.support import run_here, write_keys
@@ -179,12 +179,16 @@ def test_a_full_disk_while_signing_leaves_the_bundle_as_it_was(
         assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "keys"]
 
 
-def test_a_new_manifest_takes_the_signature_of_the_old_one_away(bundle: Path, keys: tuple[Path, Path]) -> None:
-    sign(bundle, keys[0])
-    (bundle / MANIFEST).unlink()
-    write_manifest(bundle, {"recipe": "r"})
-    assert SIGNATURE not in verify_files(bundle)["files"]
-    assert not (bundle / SIGNATURE).exists()
+def test_a_build_takes_the_signature_of_the_old_manifest_away(bundle: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    for signed in (True, False):
+        sign(bundle, keys[0]) if signed else None
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        (new / "model.engine").write_bytes(b"engine")
+        assert replace_built(bundle, new, verify_files(bundle)) is signed
+        assert "model.engine" in verify_files(bundle)["files"]
+        assert not (bundle / SIGNATURE).exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ keys
