@@ -204,9 +204,11 @@ def profile(
     seconds: float = 5.0,
 ) -> dict[str, Any]:
     """Measures an ONNX file or bundle: latency with intervals, memory, load time, size, and per-operator times."""
+    from edgekd.export.own import own_file
     from edgekd.profile.report import profile_model
 
-    return profile_model(model, device=device, backend=backend, threads=threads, batch=batch, layers=layers, via=via, seconds=seconds)
+    with own_file(model):
+        return profile_model(model, device=device, backend=backend, threads=threads, batch=batch, layers=layers, via=via, seconds=seconds)
 
 
 def predict(model: Path, device: str, *, threads: int = 1, batch: int = 1) -> dict[str, Any]:

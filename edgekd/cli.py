@@ -35,6 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Set = Annotated[list[str] | None, typer.Option("-o", metavar="NAME.FIELD=VALUE", help="Change a value of the recipe; may be repeated.")]
 Device = Annotated[list[str] | None, typer.Option("--device", help="Target device instead of the recipe's; may be repeated.")]
 Code = Annotated[Path | None, typer.Option("--code", help="Your own Python file with architectures or methods; it is run.")]
+Replay = Annotated[Path | None, typer.Option(help="Run folder whose decisions are taken over.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 Threads = Annotated[int, typer.Option(min=1, max=256, help="Threads of the runtime.")]
 Batch = Annotated[int, typer.Option(min=1, max=1024, help="Images per inference.")]
@@ -132,7 +133,7 @@ def compress(
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Keep every step, whatever it measures.")] = False,
     require_measured: Annotated[bool, typer.Option("--require-measured", help="Exit 5 if a device cannot be measured.")] = False,
     allow_download: Annotated[bool, typer.Option("--allow-download", help="Let published weights be downloaded.")] = False,
-    replay: Annotated[Path | None, typer.Option(help="Run folder whose decisions are taken over.")] = None,
+    replay: Replay = None,
     json: Json = False,
 ) -> int:
     """Run a recipe: distil, prune, quantize, export, measure and bundle."""
@@ -256,10 +257,12 @@ def _own(
     return Own(model, data, arch, tuple(arg or ()), image_size, _numbers(mean, "--mean"), _numbers(std, "--std"), drop)
 
 
-def _options(o: list[str] | None, device: list[str] | None, out: Path | None, code: Path | None, no_gate: bool = False) -> "Options":
+def _options(
+    o: list[str] | None, device: list[str] | None, out: Path | None, code: Path | None, replay: Path | None, no_gate: bool = False
+) -> "Options":
     from edgekd.api import Options
 
-    return Options(o or (), device or (), out, code, not no_gate)
+    return Options(o or (), device or (), out, code, not no_gate, replay=replay)
 
 
 Mean = Annotated[str | None, typer.Option(help="Channel means that the model was trained with, R,G,B; default: its own.")]
@@ -287,13 +290,14 @@ def prune(
     device: Device = None,
     out: Out = None,
     code: Code = None,
+    replay: Replay = None,
     no_gate: NoGate = False,
     json: Json = False,
 ) -> int:
     """Prune your own trained model; no teacher and no recipe needed."""
     goals = {k: v for k, v in (("speedup", speedup), ("macs", macs), ("params", params)) if v is not None} or {"speedup": 1.5}
     stages = {"criterion": criterion, "target": goals, "recover": recover}
-    own, options = _own(model, data, arch, arg, image_size, mean, std, drop), _options(o, device, out, code, no_gate)
+    own, options = _own(model, data, arch, arg, image_size, mean, std, drop), _options(o, device, out, code, replay, no_gate)
     return _single("prune", stages, own, options, json)
 
 
@@ -315,11 +319,12 @@ def quantize(
     device: Device = None,
     out: Out = None,
     code: Code = None,
+    replay: Replay = None,
     no_gate: NoGate = False,
     json: Json = False,
 ) -> int:
     """Quantize your own trained model or ONNX file."""
-    own, options = _own(model, data, arch, arg, image_size, mean, std, drop), _options(o, device, out, code, no_gate)
+    own, options = _own(model, data, arch, arg, image_size, mean, std, drop), _options(o, device, out, code, replay, no_gate)
     searched = {"search": search} if method == "ptq" else {}
     return _single("quantize", {"method": method} | searched, own, options, json)
 
@@ -337,10 +342,11 @@ def export(
     device: Device = None,
     out: Out = None,
     code: Code = None,
+    replay: Replay = None,
     json: Json = False,
 ) -> int:
     """Export your own trained model to ONNX, check it against torch, measure it and bundle it."""
-    return _single("export", {}, _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code), json)
+    return _single("export", {}, _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code, replay), json)
 
 
 @app.command("compile")
@@ -356,10 +362,11 @@ def compile_(
     device: Device = None,
     out: Out = None,
     code: Code = None,
+    replay: Replay = None,
     json: Json = False,
 ) -> int:
     """Build the engines of your own model or ONNX file for devices, check them and bundle them; exit 5 where one cannot be built here."""
-    return _single("compile", {}, _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code), json)
+    return _single("compile", {}, _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code, replay), json)
 
 
 @app.command()
@@ -376,10 +383,11 @@ def train(
     device: Device = None,
     out: Out = None,
     code: Code = None,
+    replay: Replay = None,
     json: Json = False,
 ) -> int:
     """Train a model on a folder of images, export and bundle it."""
-    own, options = _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code)
+    own, options = _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code, replay)
     return _single("train", {"epochs": epochs}, own, options, json)
 
 

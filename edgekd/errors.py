@@ -138,6 +138,12 @@ class BackendError(DeviceError):
     code = "backend"
 
 
+class GraphRefused(BackendError):
+    """A graph that a runtime does not take; where it is a user's own file, that file is refused."""
+
+    code = "graph"
+
+
 # ---------------------------------------------------------------------------------------------------- 6: resources
 class ResourceError(EdgekdError):
     """Disk, memory or file handles ran out; the store stays valid."""

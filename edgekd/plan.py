@@ -658,7 +658,9 @@ class _Planner:
         if not evaluations:
             return None
         if not hasattr(registry.load("quantize", str(settings.method)), "candidates"):
-            raise RecipeError([f"{settings.name}.search: {settings.method} has no operators to choose from"], hint="method: ptq")
+            raise RecipeError(
+                [f"{settings.name}.search: {settings.method} has no operators to choose from"], hint=f"-o {settings.name}.method=ptq"
+            )
         why = "a search needs the device" if not target.runs_here else "the budget names the size" if target.config.budget.size_mb else ""
         if why:
             note = f"{target.name}: '{settings.name}' quantizes everything, {why}"
@@ -897,7 +899,7 @@ def _target(name: str, config: TargetConfig) -> Target:
         problems = [f"targets.{name}.options.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise RecipeError(problems, hint=f"see them: edgekd methods show {backend}") from error
     if same_machine(device) and (missing := _backend(backend).available()) is not None:
-        raise BackendError(missing, where=f"targets.{name}", hint="install it, or backend: onnxruntime")
+        raise BackendError(missing, where=f"targets.{name}", hint=f"install it, or -o targets.{name}.backend=onnxruntime")
     return Target(name, config, device, backend, _backend(backend).runs_on(device), _rivals(backend, config, device))
 
 

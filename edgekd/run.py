@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind, digest_of
-from edgekd.errors import InputRefused
+from edgekd.errors import EdgekdError, InputRefused
 from edgekd.plan import Plan, Ref, Step
 from edgekd.safeio.files import resource_errors
 from edgekd.stages._stage import read_decision, write_decision
 
 if TYPE_CHECKING:
     from edgekd.context import Context
+
+_INSIDE = re.compile(r"(^|, )[\w.-]+\.(?:onnx|ort|engine)$")  # a file without its folder
 
 
 class Done:
@@ -60,10 +64,24 @@ def execute(plan: Plan, ctx: Context) -> Done:
             ctx.console.say(f"[{number}/{total}] {step.name}")
             started = time.perf_counter()
             build = partial(_build, step, {n.removesuffix("?"): a for n, a in inputs.items()}, ctx, key, replayed)
-            artifact = ctx.store.put(key, step.gives, build, recipe=ingredients | {"step": step.name}, inputs=tuple(inputs.values()))
+            with _named(plan, step):
+                artifact = ctx.store.put(key, step.gives, build, recipe=ingredients | {"step": step.name}, inputs=tuple(inputs.values()))
             done.seconds[step.name] = time.perf_counter() - started
         done.artifacts[step.name] = artifact
     return done
+
+
+@contextmanager
+def _named(plan: Plan, step: Step) -> Iterator[None]:
+    """Inside, an error names the model that the user gave, not the file of the store or of a temporary folder that stands for it."""
+    try:
+        yield
+    except EdgekdError as error:
+        if error.where and (found := _INSIDE.search(error.where)):
+            model = plan.loaded.recipe.model
+            stage = "" if found.start() else f", step '{step.name}'"
+            error.where = f"{error.where[: found.start()]}{found[1]}{model.onnx or model.arch}{stage}"
+        raise
 
 
 def _build(step: Step, inputs: Mapping[str, Artifact], ctx: Context, key: str, replayed: Any, out: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.errors import FileMissing, UsageError
+from edgekd.errors import FileMissing, RecipeError, UsageError
 from edgekd.recipe import Loaded, from_values
 from edgekd.safeio import yaml
 
@@ -39,7 +39,11 @@ def single_recipe(kind: str, body: Mapping[str, Any], own: Own, *, overrides: Se
         "stages": _stages(kind, dict(body)),
         "targets": {d: {} for d in devices or ("host",)},
     }
-    return from_values(f"{kind}-{own.model.stem or own.arch}", value, overrides)
+    try:
+        return from_values(f"{kind}-{own.model.stem or own.arch}", value, overrides)
+    except RecipeError as error:  # there is no file that its places could name
+        told = [p.removeprefix("recipe:1:1: ") for p in error.problems]
+        raise RecipeError(told, hint=f"edgekd {kind} --help; edgekd methods show NAME") from error
 
 
 def parse_args(pairs: Sequence[str]) -> dict[str, Any]:
@@ -73,7 +77,8 @@ def _model(kind: str, own: Own) -> dict[str, Any]:
     if kind == "train" and arch is None and not model.is_file():
         return {"arch": str(model), "args": parse_args(args)}
     if not model.is_file():
-        raise FileMissing("there is no such model", where=str(model), expected="safetensors, a checkpoint, or an ONNX file")
+        hint = f"name a bundle's model: {model / 'model.onnx'}" if (model / "model.onnx").is_file() else None
+        raise FileMissing("there is no such model", where=str(model), expected="safetensors, a checkpoint, or an ONNX file", hint=hint)
     if model.suffix == ".onnx":
         return {"onnx": str(model.resolve())}
     if arch is None:

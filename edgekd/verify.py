@@ -179,6 +179,7 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     Inputs are the sample images of a bundle that one of them lies in, else seeded noise, which the answer says.
     """
     from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits
+    from edgekd.export.own import own_file
     from edgekd.export.parity import LIMITS, coarser, compare
     from edgekd.profile.precision import precision_of
     from edgekd.profile.report import model_file_of
@@ -196,7 +197,10 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     precisions = [precision_of(p) for p in protos]
     twins = [n.op_type for n in protos[0].graph.node] == [n.op_type for n in protos[1].graph.node]
     coarsest = "fp32" if twins else coarser(*precisions)  # the same operations round alike
-    outputs = [_opened(f).run(feed)[0] for f, feed in zip(files, feeds, strict=True)]
+    outputs = []
+    for given, file, feed in zip((reference, model), files, feeds, strict=True):
+        with own_file(given):
+            outputs.append(_opened(file).run(feed)[0])
     if outputs[0].shape != outputs[1].shape:
         raise OnnxRefused(f"outputs {outputs[1].shape} and {outputs[0].shape}", where=str(model), expected="two forms of one model")
     rung = f"{files[0].name} {precisions[0]} -> {files[1].name} {precisions[1]}"

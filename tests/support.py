@@ -84,7 +84,7 @@ def short_measurements() -> Iterator[None]:
         patch.setattr(tune, "_BUDGET_SECONDS", 0.3)
         patch.setattr(widths, "_BUDGET_SECONDS", 0.2)
         patch.setattr(race, "_SECONDS_PER_ENGINE", 0.1)
-        patch.setattr(profile, "_SECONDS_PER_ENGINE", 0.1)
+        patch.setattr(profile, "_SECONDS_PER_ENGINE", 0.3)
         yield
 
 

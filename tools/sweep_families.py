@@ -50,6 +50,7 @@ def examine(arch: str, size: int, answers: Any, arguments: dict[str, Any] | None
     import torch
 
     from edgekd import registry
+    from edgekd.export.bisect import compare_tensors, first_break, steepest, tensor_limits
     from edgekd.export.onnx import INPUT, export_onnx
     from edgekd.export.parity import compare
     from edgekd.profile.device import load_device
@@ -82,9 +83,20 @@ def examine(arch: str, size: int, answers: Any, arguments: dict[str, Any] | None
         """The int8 graph of a runtime; where that one gets other outputs from it than onnxruntime, the first operator at which they part."""
         graph = int8(host.flavour_for(backend))
         words = judged(wanted, run(backend, graph), "int8")
-        if words == "ok" or backend == "onnxruntime" or judged(wanted, run("onnxruntime", graph), "int8") != "ok":
+        if words == "ok":
             return words
+        if backend == "onnxruntime" or judged(wanted, run("onnxruntime", graph), "int8") != "ok":
+            return f"{words}; rounding costs most at {costly(graph)}"
         return f"{words}; onnxruntime computes the same file right, they part at {parting(graph, backend)}"
+
+    def costly(graph: Path) -> str:
+        """The operator at which the rounded graph turns away most from the fp32 one."""
+        import onnx
+
+        few = {INPUT: images[: min(batch, 8)]}
+        tensors = compare_tensors(onnx.load(fp32), onnx.load(graph), few, few)
+        worst = [first_break(tensors, **tensor_limits("int8")) or next(iter(steepest(tensors, 1)), None)]
+        return ", ".join(f"{t.op} ('{t.node}')" for t in worst if t) or "no single operator"
 
     def parting(graph: Path, backend: str) -> str:
         """The first operator, each time of a graph that ends there: a runtime fuses as in the whole."""
@@ -96,7 +108,7 @@ def examine(arch: str, size: int, answers: Any, arguments: dict[str, Any] | None
 
         def apart(node: Any) -> bool:
             onnx.save(Extractor(whole).extract_model([INPUT], [node.output[0]]), cut)
-            a, b = (run(name, cut).astype(np.float64) for name in ("onnxruntime", backend))
+            a, b = (run(name, cut, 1).astype(np.float64) for name in ("onnxruntime", backend))
             return float(np.abs(a - b).mean()) > _APART * float(np.abs(a).mean())
 
         first = next(filter(apart, nodes))
@@ -107,8 +119,8 @@ def examine(arch: str, size: int, answers: Any, arguments: dict[str, Any] | None
         behind = f" behind {made[before].op_type}" if before in made else ""
         return f"{first.op_type}{behind} ('{first.name}')"
 
-    def run(backend: str, graph: Path) -> Any:
-        batch = batches[backend]
+    def run(backend: str, graph: Path, batch: int = 0) -> Any:
+        batch = batch or batches[backend]
         runner, out = registry.load("backend", backend)(), Path(tempfile.mkdtemp(dir=folder))
         session = runner.open(out / runner.convert(graph, host, out, {}, batch=batch)["model_file"], threads=1, device=host)
         return np.concatenate([session.run({INPUT: images[i : i + batch]})[0] for i in range(0, _IMAGES, batch)])

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Session(Protocol):
-    """An opened engine."""
+    """An opened engine.
+
+    One method may be absent: `ready(feeds)`, of a runtime that compiles at the first run for inputs of a shape, does that now.
+    """
 
     @property
     def input_names(self) -> list[str]: ...

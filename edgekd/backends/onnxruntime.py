@@ -23,7 +23,7 @@ from pydantic import Field
 
 from edgekd.backends import Layer, asked, version_of
 from edgekd.config import Config
-from edgekd.errors import BackendError
+from edgekd.errors import BackendError, GraphRefused
 from edgekd.profile.device import same_machine
 from edgekd.registry import register
 
@@ -40,6 +40,7 @@ _MINIMAL = """\
     ./build.sh --config MinSizeRel --minimal_build --include_ops_by_config {operators} --skip_tests
 """
 _PROFILE_WARMUP, _PROFILE_RUNS = 3, 20
+_KERNEL = "Non-zero status code returned while running"  # a node failed; else the inputs are not those of the graph
 _FATAL_ONLY = 4  # log severity
 _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:\s*|\S+\.(?:h|cc):\d+ [^()]*\([^()]*\) ")
 
@@ -58,7 +59,8 @@ class OrtSession:
         try:
             return list(self._session.run(None, feeds))
         except Exception as err:  # onnxruntime has no common base class for its errors
-            raise BackendError(f"onnxruntime cannot run this input: {_first_line(err)}", where=self._where) from err
+            kind = GraphRefused if _KERNEL in str(err) else BackendError
+            raise kind(f"onnxruntime cannot run this input: {_first_line(err)}", where=self._where) from err
 
     def close(self) -> None:
         self._session = None
@@ -100,7 +102,11 @@ class OnnxRuntime:
         meta: dict[str, Any] = {"model_file": "model.onnx", "runtime": self.name, "version": self.version(), "provider": provider}
         if chosen.format == "ort":
             if provider != _CPU:
-                raise BackendError(f"ORT-format files are for CPUs, {device.id} runs {provider}", where=graph.name, hint="format: onnx")
+                raise BackendError(
+                    f"ORT-format files are for CPUs, {device.id} runs {provider}",
+                    where=graph.name,
+                    hint=f"-o targets.{device.id}.options.format=onnx",
+                )
             _save_ort(graph, out / "model.ort", device)
             _save_operators(out / "model.ort", out / _OPERATORS)
             meta |= {"model_file": "model.ort", "beside": [_OPERATORS], "options": chosen.model_dump()}
@@ -174,7 +180,9 @@ def _session(engine: Path, settings: Any, provider: str, **more: Any) -> Any:
     try:
         return ort.InferenceSession(str(engine), settings, providers=[provider], **more)
     except Exception as err:  # onnxruntime has no common base class for its errors
-        raise BackendError(f"onnxruntime cannot open the graph: {_first_line(err)}", where=engine.name, hint="edgekd doctor") from err
+        if provider != _CPU:  # its libraries may be missing or too old
+            raise BackendError(f"onnxruntime cannot open the graph: {_first_line(err)}", where=engine.name, hint="edgekd doctor") from err
+        raise GraphRefused(f"onnxruntime cannot open the graph: {_first_line(err)}", where=engine.name) from err
 
 
 def _runtime() -> Any:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgekd.profile.schema import DeviceProfile
 
 
+_NOISE = ("Exception from", "Check '", "While ", "FrontEnd API failed", "Model wasn't fully converted")
 _USAGE = """\
 `model.onnx`, by OpenVINO {version}. The shape is fixed before compiling: a plan for any batch takes up to a fifth longer for one image. Without the
 precision hint OpenVINO may compute in bf16, and neither the outputs nor the latency are those that were measured here.
@@ -70,6 +71,10 @@ class OpenVinoSession:
         except RuntimeError as error:
             raise BackendError(f"openvino cannot run this input: {_first_line(error)}", where=self._where) from error
         return [found[name].copy() for name in self.output_names]  # the request reuses its memory
+
+    def ready(self, feeds: Feeds) -> None:
+        """Compiles the plan that inputs of these shapes are computed by."""
+        self._request(feeds)
 
     def _request(self, feeds: Feeds) -> Any:
         single = all(value.shape[:1] == (1,) for value in feeds.values())
@@ -190,7 +195,9 @@ def _compiled(model: Any, settings: dict[str, Any], where: str) -> Any:
 
 
 def _unopened(error: RuntimeError, where: str) -> BackendError:
-    return BackendError(f"openvino cannot open the graph: {_first_line(error)}", where=where, hint="backend: onnxruntime")
+    return BackendError(
+        f"openvino cannot open the graph: {_first_line(error)}", where=where, hint="another runtime: -o targets.DEVICE.backend=onnxruntime"
+    )
 
 
 @cache
@@ -207,6 +214,6 @@ def _runtime() -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("Exception from", "Check '", "While "))]
+    lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("No conversion rule")] or [line for line in lines if not line.startswith(_NOISE)]
     return (told or lines or [type(error).__name__])[0][:300]

@@ -114,7 +114,7 @@ class TensorRT:
             raise BackendError(
                 f"{self.name} cannot build an engine for {device.id}: {log.said('the builder gives no reason')}",
                 where=graph.name,
-                hint=f"precision: fp32 for {device.id}",
+                hint=_way_out(graph, device),
             )
         (out / "model.engine").write_bytes(plan)
         return {
@@ -149,7 +149,7 @@ class TensorRT:
             return BackendError(f"{self.name} cannot read the graph", where=graph.name, expected="an ONNX file", hint="edgekd doctor")
         first, said = errors[0], first_reason(errors[0].desc())
         node = f"node '{first.node_name()}' ({first.node_operator()}): " if first.node_name() or first.node_operator() else ""
-        hint = _FLAVOUR_HINT.format(device=device.id) if _X86_FLAVOUR.search(first.desc()) else f"precision: fp32 for {device.id}"
+        hint = _FLAVOUR_HINT.format(device=device.id) if _X86_FLAVOUR.search(first.desc()) else _way_out(graph, device)
         return BackendError(f"{self.name} does not take the graph: {node}{said}", where=graph.name, hint=hint)
 
     # ------------------------------------------------------------------------------------------------ running
@@ -172,6 +172,12 @@ class TensorRT:
         found = session.layers(feeds)
         session.close()
         return found
+
+
+def _way_out(graph: Path, device: DeviceProfile) -> str:
+    """Of a refused graph: without what was rounded, or on another runtime."""
+    rounded = b"QuantizeLinear" in graph.read_bytes()
+    return f"-o targets.{device.id}.{'precision=fp32' if rounded else 'backend=onnxruntime'}"
 
 
 # ------------------------------------------------------------------------------------------------------------ a build and its settings

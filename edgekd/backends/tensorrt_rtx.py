@@ -51,7 +51,7 @@ class TensorRTForRTX(TensorRT):
                 f"TensorRT for RTX does not build for compute capability {device.arch.sm}",
                 where=device.id,
                 expected=f"one of {offered}",
-                hint="another backend for this target: backend: tensorrt, or onnxruntime",
+                hint=f"another runtime: -o targets.{device.id}.backend=onnxruntime, or tensorrt",
             )
         config.num_compute_capabilities = 1
         config.set_compute_capability(known[wanted], 0)

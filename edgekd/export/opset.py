@@ -11,6 +11,7 @@ QUANTIZES = 13  # scales along an axis came with it
 _TARGET = 18
 _CLOSE = 1e-4  # of the largest output; a converter that changes more has changed the model
 _EXPECTED = f"opset {OLDEST} to {NEWEST}"
+_AGAIN = f"export it again: torch.onnx.export(..., opset_version={_TARGET})"
 
 
 def opset_of(proto: Any) -> int:
@@ -23,10 +24,10 @@ def raised(proto: Any, where: str) -> Any:
     from onnx import helper, version_converter
 
     found = opset_of(proto)
-    if not OLDEST <= found <= NEWEST:
-        word = "older than runtimes take" if found < OLDEST else "newer than runtimes take"
-        hint = f"export it again: torch.onnx.export(..., opset_version={_TARGET})"
-        raise OnnxRefused(f"it uses opset {found}, {word}", where=where, expected=_EXPECTED, hint=hint)
+    if found > NEWEST:
+        raise too_new(found, where)
+    if found < OLDEST:
+        raise OnnxRefused(f"it uses opset {found}, older than runtimes take", where=where, expected=_EXPECTED, hint=_AGAIN)
     if found >= QUANTIZES:
         return proto
     try:
@@ -38,16 +39,21 @@ def raised(proto: Any, where: str) -> Any:
             f"it uses opset {found} and cannot be brought to {_TARGET}: {(str(problem).strip() or type(problem).__name__).splitlines()[0][:200]}",
             where=where,
             expected=f"opset {QUANTIZES} to {NEWEST}",
-            hint=f"export it again: torch.onnx.export(..., opset_version={_TARGET})",
+            hint=_AGAIN,
         ) from problem
     if not error <= _CLOSE:
         raise OnnxRefused(
             f"it uses opset {found}, and brought to {_TARGET} its outputs differ by {error:.1e} of the largest",
             where=where,
             expected=f"opset {QUANTIZES} to {NEWEST}",
-            hint=f"export it again: torch.onnx.export(..., opset_version={_TARGET})",
+            hint=_AGAIN,
         )
     return newer
+
+
+def too_new(opset: int, where: str) -> OnnxRefused:
+    """The refusal of a file with newer operators than runtimes have."""
+    return OnnxRefused(f"it uses opset {opset}, newer than runtimes take", where=where, expected=_EXPECTED, hint=_AGAIN)
 
 
 def _difference(old: Any, new: Any) -> float:

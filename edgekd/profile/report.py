@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +31,19 @@ def profile_model(
     profile, file, made = load_device(device), model_file_of(model), _made(model)
     runtime = registry.load("backend", _backend_of(profile, backend, made[0]))()
     _reachable(profile, runtime, via)
-    feeds = inputs_of(check_onnx(file), batch, file)
+    proto = check_onnx(file)
+    feeds = inputs_of(proto, batch, file)
     if runtime.builds or made[:2] == (runtime.name, profile.id):
         file = _engine_file(model, runtime, profile)
     if layers and not hasattr(runtime, "layers"):
         raise BackendError(f"{runtime.name} gives no time per operator", where="--layers", hint="--backend onnxruntime")
-    facts = load_facts(
-        file, runtime.name, device=profile, feeds=feeds, threads=threads, options=made[2]
-    )  # first: a bad engine may end the process that opens it
-    session = runtime.open(file, threads=threads, device=profile, options=made[2])
-    samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
-    session.close()
+    with _named(model, runtime.name):
+        facts = load_facts(
+            file, runtime.name, device=profile, feeds=feeds, threads=threads, options=made[2]
+        )  # first: a bad engine may end the process that opens it
+        session = runtime.open(file, threads=threads, device=profile, options=made[2])
+        samples = measure({"model": session}, {"model": feeds}, budget_s=seconds)["model"]
+        session.close()
     found = {
         "model": str(model),
         "device": device,
@@ -59,6 +63,18 @@ def profile_model(
     if layers:
         found["operators"] = [asdict(layer) for layer in runtime.layers(file, feeds, threads, profile, made[2])]
     return found
+
+
+@contextmanager
+def _named(model: Path, runtime: str) -> Iterator[None]:
+    """Inside, an error about the engine names what the user gave, and an option of this command."""
+    try:
+        yield
+    except BackendError as problem:
+        problem.where = str(model)
+        if runtime == "openvino":
+            problem.hint = "--backend onnxruntime"
+        raise
 
 
 def model_file_of(model: Path) -> Path:
@@ -84,7 +100,7 @@ def _engine_file(model: Path, runtime: Any, profile: DeviceProfile) -> Path:
         raise BackendError(
             f"{runtime.name} runs engines, and this is a graph",
             where=model.name,
-            hint="measure it in a recipe: edgekd compress, or a bundle",
+            hint=f"build it: edgekd compile {model} --device {profile.id}; then measure the bundle: edgekd profile BUNDLE --device {profile.id}",
         )
     manifest = read_manifest(model)
     return engine_of(model, manifest, read_facts(model, manifest), runtime, profile)
@@ -139,10 +155,12 @@ def _backend_of(profile: DeviceProfile, name: str, built_with: str | None) -> st
 
 
 def _reachable(profile: DeviceProfile, runtime: Any, via: str | None) -> None:
+    from edgekd.profile.device import same_machine
+
     if via is not None and via not in registry.names("transport"):
         raise DeviceError(f"there is no transport '{via}' to a host yet", where="--via", expected=", ".join(registry.names("transport")))
-    if (reason := runtime.available()) is not None:
-        raise BackendError(reason, where=runtime.name)
+    if same_machine(profile) and (reason := runtime.available()) is not None:
+        raise BackendError(reason, where=runtime.name, hint="edgekd doctor")
     if not runtime.runs_on(profile):
         raise DeviceError(
             f"{profile.id} is not this machine, so nothing was measured",

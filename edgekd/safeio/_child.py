@@ -31,11 +31,12 @@ _READY, _REPLY, _LOG = "ready", "reply.json", "log"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job returned, or why it did not: `problem` is a sentence (with `expected`) or the text of a foreign exception."""
+    """What a job returned, or why it did not: `problem` is a sentence (with `expected` and `hint`) or the text of a foreign exception."""
 
     value: dict[str, Any]
     problem: str | None = None
     expected: str | None = None
+    hint: str | None = None
     started: bool = True  # False: the process could not even import its libraries, so the file is not to blame
 
 
@@ -62,7 +63,7 @@ def _outcome(folder: Path, code: int) -> Outcome:
     try:
         with (folder / _REPLY).open("rb") as f:
             reply = json.loads(f.read(_MAX_REPLY_BYTES))
-        return Outcome(dict(reply["value"]), reply["problem"], reply["expected"])
+        return Outcome(dict(reply["value"]), reply["problem"], reply["expected"], reply.get("hint"))
     except (OSError, ValueError, KeyError, TypeError):
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
         return Outcome({}, f"reading it crashed or ran out of its limits ({how})")
@@ -89,10 +90,10 @@ def serve(job: str, source: Path, folder: Path) -> None:
 
 def _reply(work: Any, source: Path, folder: Path) -> dict[str, Any]:
     try:
-        return {"value": work(source, folder), "problem": None, "expected": None}
+        return {"value": work(source, folder), "problem": None, "expected": None, "hint": None}
     except Exception as e:  # whatever a parser raises on hostile bytes is the reason of the refusal
         problem = getattr(e, "what", None) or f"{type(e).__name__}: {e}"
-        return {"value": {}, "problem": problem[:_MAX_TEXT], "expected": getattr(e, "expected", None)}
+        return {"value": {}, "problem": problem[:_MAX_TEXT], "expected": getattr(e, "expected", None), "hint": getattr(e, "hint", None)}
 
 
 def _limit(size: int) -> None:
@@ -110,5 +111,6 @@ def _limit(size: int) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the parent's own edgekd, whatever else is installed
     sys.path.extend(json.loads(sys.argv[4]))
     serve(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

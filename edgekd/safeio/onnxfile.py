@@ -23,8 +23,11 @@ _FOREIGN_OPS = frozenset({"EPContext"})  # holds, or names the path of, a compil
 _MAX_BYTES = 2 * 2**30 - 1  # what protobuf can hold
 _MAX_NODES, _MAX_FUNCTIONS, _MAX_DEPTH = 100_000, 500, 8
 _MAX_ELEMENTS, _MAX_ITERATIONS = 2**30, 2**20
-_EXPECTED = "a self-contained ONNX model"
-_HINT = "export it again into one file: torch.onnx.export(..., external_data=False)"
+_EXPECTED, _ALONE = "a valid ONNX model", "a self-contained ONNX model"
+_AGAIN = "export it again: torch.onnx.export(model, inputs, 'NEW.onnx', dynamo=True)"
+_ONE_FILE = "export it again into one file: torch.onnx.export(..., external_data=False)"
+_STANDARD = "export it again with standard operators: torch.onnx.export(..., dynamo=True); what has none may be a function inside the file"
+_STAMP = "if it was only stamped by a newer onnx: python -c \"import onnx; m = onnx.load('OLD.onnx'); m.ir_version = {version}; onnx.save(m, 'NEW.onnx')\""
 
 
 def check_onnx(path: Path, *, max_bytes: int = _MAX_BYTES, trusted: bool = False, where: Path | None = None) -> onnx.ModelProto:
@@ -35,18 +38,18 @@ def check_onnx(path: Path, *, max_bytes: int = _MAX_BYTES, trusted: bool = False
     """
     _check_file(path, max_bytes)
     shown = str(where or path)
-    refuse = partial(OnnxRefused, where=shown, hint=_HINT)
+    refuse = partial(OnnxRefused, where=shown)
     known = None if trusted else _examined(path, shown)
     with resource_errors(path):
         data = path.read_bytes()
     if known is not None and known != hashlib.sha256(data).hexdigest():
-        raise refuse("the file changed while it was checked", expected="a file that nobody writes to")
+        raise refuse("the file changed while it was checked", expected="a file that nobody writes to", hint="run the same command again")
     try:
         model = _parsed(data)
         if trusted:
             _check_structure(model)
     except OnnxRefused as e:
-        raise refuse(e.what, expected=e.expected) from e
+        raise refuse(e.what, expected=e.expected, hint=e.hint or _AGAIN) from e
     return model
 
 
@@ -57,7 +60,7 @@ def _check_file(path: Path, max_bytes: int) -> None:
         hint = "name the ONNX file that it was made of; in a bundle it lies beside it"
         raise OnnxRefused("files in ORT format are not read", where=str(path), expected="an ONNX model", hint=hint)
     if not 0 < path.stat().st_size <= max_bytes:
-        raise OnnxRefused(f"it has {path.stat().st_size} bytes", where=str(path), expected=f"1 to {max_bytes} bytes", hint=_HINT)
+        raise OnnxRefused(f"it has {path.stat().st_size} bytes", where=str(path), expected=f"1 to {max_bytes} bytes", hint=_AGAIN)
 
 
 def _examined(path: Path, where: str) -> str:
@@ -67,7 +70,7 @@ def _examined(path: Path, where: str) -> str:
     if not outcome.started:
         raise ResourceError(outcome.problem or "the confined reader could not start", where=where, hint="edgekd doctor")
     if outcome.problem is not None:
-        raise OnnxRefused(outcome.problem, where=where, expected=outcome.expected or _EXPECTED, hint=_HINT)
+        raise OnnxRefused(outcome.problem, where=where, expected=outcome.expected or _EXPECTED, hint=outcome.hint or _AGAIN)
     return str(outcome.value["sha256"])
 
 
@@ -79,6 +82,7 @@ def examine(source: Path, _folder: Path) -> dict[str, Any]:
     data = source.read_bytes()
     model = _parsed(data)
     _check_structure(model)
+    _check_ir_version(model)
     try:
         checker.check_model(model, full_check=True)
     except Exception as e:  # ValidationError, InferenceError, and what protobuf and pybind raise
@@ -106,12 +110,17 @@ def _parsed(data: bytes) -> onnx.ModelProto:
 def _check_structure(model: onnx.ModelProto) -> None:
     """Everything that can be told without running any of ONNX's own code."""
     own = {(f.domain, f.name) for f in model.functions}
+    imports: set[str] = set()
     for message, depth in _messages(model):
         if depth > _MAX_DEPTH:
             raise OnnxRefused("its subgraphs are nested too deep", expected=f"at most {_MAX_DEPTH} levels")
         _check_external(message)
         _check_dims(message)
-        _check_domain(message, own)
+        _check_operator(message, own)
+        if message.DESCRIPTOR.name == "OperatorSetIdProto":
+            imports.add(message.domain)
+    if unknown := imports - _DOMAINS - {domain for domain, _ in own}:  # after the nodes, which say more
+        raise OnnxRefused(f"operator domain {min(unknown)[:80]!a} is not known", expected=f"one of {sorted(_DOMAINS)}", hint=_STANDARD)
     _check_size(model)
     _check_loops(model)
 
@@ -130,7 +139,7 @@ def _messages(root: Any) -> Iterator[tuple[Any, int]]:
 
 def _check_external(message: Any) -> None:
     if message.DESCRIPTOR.name == "TensorProto" and (message.data_location or message.external_data):
-        raise OnnxRefused(f"tensor {message.name[:80]!a} keeps its data in another file", expected=_EXPECTED)
+        raise OnnxRefused(f"tensor {message.name[:80]!a} keeps its data in another file", expected=_ALONE, hint=_ONE_FILE)
 
 
 def _check_dims(message: Any) -> None:
@@ -145,16 +154,35 @@ def _check_dims(message: Any) -> None:
         raise OnnxRefused(f"a tensor of shape {dims[:8]} is too large", expected=f"at most {_MAX_ELEMENTS} elements")
 
 
-def _check_domain(message: Any, own: set[tuple[str, str]]) -> None:
-    kind = message.DESCRIPTOR.name
-    if kind == "OperatorSetIdProto" and message.domain not in _DOMAINS | {domain for domain, _ in own}:
-        raise OnnxRefused(f"operator domain {message.domain[:80]!a} is not known", expected=f"one of {sorted(_DOMAINS)}")
-    if kind != "NodeProto":
+def _check_operator(message: Any, own: set[tuple[str, str]]) -> None:
+    if message.DESCRIPTOR.name != "NodeProto":
         return
     if (message.domain not in _DOMAINS and (message.domain, message.op_type) not in own) or message.op_type in _FOREIGN_OPS:
         raise OnnxRefused(
-            f"operator {message.op_type[:80]!a} of domain {message.domain[:80]!a} is not known", expected="standard operators"
+            f"operator {message.op_type[:80]!a} of domain {message.domain[:80]!a} is not known (node {message.name[:80]!a})",
+            expected="standard operators",
+            hint=_STANDARD,
         )
+
+
+def _check_ir_version(model: onnx.ModelProto) -> None:
+    """The checker's own words for it name no way out."""
+    import onnx
+
+    if model.ir_version > onnx.IR_VERSION:
+        raise OnnxRefused(
+            f"its IR version is {model.ir_version}, newer than onnx {onnx.__version__} reads",
+            expected=f"at most {onnx.IR_VERSION}",
+            hint=stamp_hint(model),
+        )
+
+
+def stamp_hint(model: onnx.ModelProto) -> str:
+    """How a file gets the lowest IR version that its operators allow."""
+    from onnx import helper
+
+    known = [o for o in model.opset_import if (o.domain or "ai.onnx") in ("ai.onnx", "ai.onnx.ml")]
+    return _STAMP.format(version=max(helper.find_min_ir_version_for(known, ignore_unknown=True), 8))
 
 
 def _check_size(model: onnx.ModelProto) -> None:

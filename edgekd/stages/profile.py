@@ -31,7 +31,7 @@ class Profile:
     Config = RunConfig
     takes: Mapping[str, Kind] = {"shipped": Kind.ENGINE, "*": Kind.ENGINE}
     gives = Kind.TRACE
-    version = 1
+    version = 2
     libraries = ("onnxruntime-gpu", "onnxruntime")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:

@@ -27,10 +27,11 @@ class ReadGraph:
     takes: Mapping[str, Kind] = {"data": Kind.DATA}
     gives = Kind.GRAPH
     version = 3
-    libraries = ("onnx",)
+    libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.opset import opset_of, raised
+        from edgekd.export.own import own_file
         from edgekd.profile.precision import assert_fp32, precision_of
         from edgekd.safeio.onnxfile import check_onnx
         from edgekd.stages._common import open_dataset, unchanged
@@ -61,6 +62,8 @@ class ReadGraph:
                 f"{config.onnx.name} does not say how its input is normalised: mean and std 0.5 are assumed; give --mean and --std, or model.mean and model.std"
             )
         mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
+        with own_file(config.onnx):
+            _assert_runs(out / GRAPH, entry, dataset.image_size, ctx.threads)
         names = {"input": entry.name, "output": proto.graph.output[0].name}
         batch = int(entry.type.tensor_type.shape.dim[0].dim_value) or None
         facts = names | {"fixed_batch": batch, "image_size": dataset.image_size, "mean": mean, "std": std, "precision": precision_of(proto)}
@@ -82,6 +85,19 @@ def _assert_numbers(proto: Any, path: Path) -> None:
                 expected="finite weights",
                 hint="its training diverged: take an earlier checkpoint",
             )
+
+
+def _assert_runs(file: Path, entry: Any, side: int, threads: int) -> None:
+    """Raises GraphRefused where onnxruntime does not open the file, or cannot compute two images."""
+    import numpy as np
+
+    from edgekd import registry
+    from edgekd.profile.device import load_device
+
+    session = registry.load("backend", "onnxruntime")().open(file, threads=threads, device=load_device("host"))
+    images = entry.type.tensor_type.shape.dim[0].dim_value or 2
+    session.run({entry.name: np.zeros((images, 3, side, side), np.float32)})
+    session.close()
 
 
 def image_input(proto: Any, path: Path) -> tuple[Any, int | None]:

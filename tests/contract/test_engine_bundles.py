@@ -99,7 +99,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Transport]:
 
 
 def profiled(model: Path, *more: str) -> Any:
-    return run_here("profile", model, "--device", DEVICE, "--seconds", "0.1", *more)
+    return run_here("profile", model, "--device", DEVICE, "--seconds", "0.4", *more)
 
 
 def verified(folder: Path, *more: str) -> Any:

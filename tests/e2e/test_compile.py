@@ -77,7 +77,6 @@ def test_an_onnx_file_alone_is_built_checked_and_measured_for_this_machine(model
     assert result.code == 0, result.err
     [target] = result.json()["targets"]
     assert (target["backend"], target["measured"], target["metric"]) == (backend, True, None)
-    assert target["latency_ms"]["p50"] > 0
     rungs = [(r["rung"], r["ok"], "metric_lost" in r) for r in result.json()["parity"]]
     assert rungs == ([("ONNX fp32 -> openvino", True, False)] if backend == "openvino" else [])
     assert run_here("verify", bundle_of(result)).code == 0
@@ -122,6 +121,19 @@ def test_a_graph_that_is_quantized_already_is_judged_as_one(model: Path, tmp_pat
     assert result.code == 0, result.err
     assert result.json()["targets"][0]["precision"] == "int8"
     assert "8-bit integers" in (bundle_of(result) / "MODEL_CARD.md").read_text()
+
+
+@needs_rtx
+def test_what_the_builder_refuses_is_named_by_the_users_file_and_the_step(model: Path, tmp_path: Path) -> None:
+    from edgekd.quantize.ptq import PTQ
+
+    images = np.random.default_rng(0).standard_normal((32, 3, 32, 32), dtype=np.float32)
+    PTQ(PTQ.Config()).quantize(model, tmp_path / "x86.onnx", iter([images]), "u8s8")
+    result = compiled(tmp_path / "x86.onnx", tmp_path / "run", "--device", "rtx4090")
+    assert result.code == 5
+    error = result.json()["error"]
+    assert error["where"] == f"{tmp_path / 'x86.onnx'}, step 'rtx4090.compile'"
+    assert "edgekd quantize MODEL --data FOLDER --device rtx4090" in error["hint"]
 
 
 def test_export_needs_no_data_either_and_gives_the_script_that_builds_on_the_device(model: Path, tmp_path: Path) -> None:

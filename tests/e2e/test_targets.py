@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from edgekd import registry
 from edgekd.backends.openvino import OpenVino
 from edgekd.backends.tensorrt_rtx import TensorRTForRTX
 from edgekd.bundle import SIGNATURE
@@ -179,7 +180,9 @@ def test_an_output_that_overflows_fp16_is_computed_in_fp32(model: Path, photos: 
     assert other.op_type == "Cast"
 
 
-def test_a_search_finds_operators_and_its_decision_can_be_replayed(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_search_finds_operators_and_its_decision_can_be_replayed(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = quantized(model, photos, tmp_path / "run", "--search", "3", "-o", "targets.host.backend=onnxruntime")
     assert result.code in (0, 4), result.err
     decision = json.loads((tmp_path / "run" / "decisions.json").read_text())["quantize.mix"]
@@ -194,6 +197,14 @@ def test_a_search_finds_operators_and_its_decision_can_be_replayed(model: Path, 
     if decision["keep"]:  # --no-gate: what was searched ships
         assert set(rows["quantize.keep_nodes"]["value"]) >= set(decision["keep"])
         assert "measured by quantize.mix" in rows["quantize.keep_nodes"]["source"]
+    monkeypatch.setenv("EDGEKD_HOME", str(tmp_path / "home"))  # where nothing was searched yet
+    for kind in ("mix", "sensitivity", "trial", "gate"):
+        monkeypatch.setattr(registry.load("stage", kind), "run", None)  # nothing is decided again
+    more = ("--search", "3", "-o", "targets.host.backend=onnxruntime", "--replay", str(tmp_path / "run"))
+    again = quantized(model, photos, tmp_path / "again", *more)
+    assert again.code == result.code, again.err
+    assert (tmp_path / "again" / "decisions.json").read_bytes() == (tmp_path / "run" / "decisions.json").read_bytes()
+    assert (bundle_of(again) / "model.onnx").read_bytes() == (bundle_of(result) / "model.onnx").read_bytes()
 
 
 @needs_openvino

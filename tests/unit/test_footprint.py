@@ -58,6 +58,33 @@ def test_an_engine_that_the_child_cannot_run_is_a_backend_error_with_its_reason(
         load_facts(engine, "onnxruntime", device=HOST, feeds={"z": FEEDS["x"]})
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_loading_ends_when_the_engine_is_ready_for_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, images: int
+) -> None:
+    import importlib
+
+    if (reason := load("backend", backend)().available()) is not None:
+        pytest.skip(reason)
+    from edgekd.profile import probe
+
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 4))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 4))],
+    )
+    path = tmp_path / "any.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString())
+    module, what = importlib.import_module(f"edgekd.backends.{backend}"), {"onnxruntime": "_session", "openvino": "_compiled"}[backend]
+    seen, build, clock = [], getattr(module, what), probe.time.perf_counter_ns
+    monkeypatch.setattr(module, what, lambda *a, **k: [seen.append("built"), build(*a, **k)][1])
+    monkeypatch.setattr(probe.time, "perf_counter_ns", lambda: [seen.append("clock"), clock()][1])
+    probe.load_and_run(backend, str(path), "host", 1, {}, {"x": ("float32", [images, 4])})
+    assert seen == ["clock", "built", "clock"]
+
+
 def test_a_missing_engine_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileMissing, match=r"gone\.onnx"):
         load_facts(tmp_path / "gone.onnx", "onnxruntime", device=HOST, feeds=FEEDS)

@@ -110,9 +110,9 @@ def read(graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def reads(name: str, *, side: int = SIZE, **facts: Any) -> dict[str, Any]:
         import json
 
-        monkeypatch.setattr(_common, "open_dataset", lambda *_: SimpleNamespace(image_size=side))
+        monkeypatch.setattr(_common, "open_dataset", lambda *_: SimpleNamespace(image_size=side, labelled=True))
         inputs: Any = {"data": None}
-        context: Any = SimpleNamespace(console=Console(quiet=True))
+        context: Any = SimpleNamespace(console=Console(quiet=True), threads=1)
         ReadGraph().run(Settings("model", ModelConfig(onnx=graphs[name]), facts=facts), inputs, tmp_path, context)
         found: dict[str, Any] = json.loads((tmp_path / "graph.json").read_text())
         return found

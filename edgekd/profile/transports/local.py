@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgekd.errors import BackendError, DeviceError
+from edgekd.errors import BackendError, DeviceError, GraphRefused
 from edgekd.registry import register
 
 _PROBE = Path(__file__).parent.parent / "probe.py"
-_MAX_REPLY_BYTES = 1_000_000
+_MAX_REPLY_BYTES, _MAX_TEXT = 1_000_000, 500
 _KEPT_ENV = ("PATH", "LD_LIBRARY_PATH", "LANG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "EDGEKD_HOME")
 
 
@@ -35,7 +35,9 @@ class Local:
             raise DeviceError(f"the measuring process ended with status {status}", where=self.name, hint="edgekd doctor")
         answer = parse(data, self.name)
         if "error" in answer:
-            raise BackendError(str(answer["error"])[:500], where=self.name, hint="edgekd doctor")
+            kind = GraphRefused if answer.get("graph") == 1 else BackendError
+            where, expected, hint = (str(answer[n])[:_MAX_TEXT] if n in answer else None for n in ("where", "expected", "hint"))
+            raise kind(str(answer["error"])[:_MAX_TEXT], where=where or self.name, expected=expected, hint=hint or "edgekd doctor")
         return answer
 
 
