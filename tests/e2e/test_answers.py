@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick", "stored")
 RECIPE = """version: 1
 data: {format: digits, image_size: 16, max_per_class: 30}
 teacher: {arch: resnet10t, train: {epochs: 2, batch_size: 32}}
-model: {arch: test_byobnet}
+model: {arch: resnet10t, args: {zero_init_last: false}}
 stages:
   - distill: {epochs: 4, views: 2, batch_size: 32, augment: {policy: shift, pad: 1}}
   - quantize: {}
