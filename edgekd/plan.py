@@ -79,6 +79,8 @@ class Step:
         if s.method is not None and s.method_config is not None:
             config = key_fields(s.method_config)
             method = {"name": s.method, "config": config, "source": _sha(registry.source_of(stage.method_kind, s.method))}
+            if hasattr(s.method_config, "uses"):  # a method of methods
+                method["uses"] = {f"{kind}/{name}": _sha(registry.source_of(kind, name)) for kind, name in s.method_config.uses()}
         return {
             "store": STORE_VERSION,
             "stage": {"name": self.stage, "version": stage.version, "source": _sha(registry.source_of("stage", self.stage))},

@@ -357,6 +357,8 @@ def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str
         field_ = stage.method_field
         method = body.pop(field_, stage.default_method)
         spot = marks.get((*at, field_), where)
+        if kind == "distill" and isinstance(method, list):
+            method, body["methods"] = "combined", method
         if not isinstance(method, str) or method not in registry.names(stage.method_kind):
             what = f"unknown {field_} '{method}'{suggest(method, registry.names(stage.method_kind))}" if method else f"{field_}: missing"
             problems.append(f"{spot}: {name}.{what}" if not method else f"{spot}: {what}")
