@@ -18,11 +18,14 @@ class TrainConfig(Config):
 
     epochs: int = Field(10, ge=1, le=10_000, description="passes over the training split")
     batch_size: int = Field(64, ge=1, le=65_536, description="images per optimizer step and accumulation part")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum")
+    optimizer: Literal["adamw", "sgd", "dot"] = Field(
+        "adamw", description="AdamW, SGD with Nesterov momentum, or SGD with a momentum for each loss (DOT)"
+    )
     lr: Positive = Field(1e-3, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     weight_decay: float = Field(0.05, ge=0, description="decay of matrices and kernels; norms and biases have none")
     momentum: Fraction = Field(0.9, description="SGD momentum")
+    dot_delta: Fraction = Field(0.075, description="dot: what the distillation loss has of momentum beyond it, and the label loss below")
     warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up, at most a tenth of the epochs")
     ema: Fraction = Field(0.0, description="decay of the averaged weights that are kept; 0 keeps the last weights")
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
@@ -51,6 +54,12 @@ class TrainConfig(Config):
     def _mixed_images_are_new(self) -> TrainConfig:
         if self.views and (self.augment.mixup or self.augment.cutmix):
             raise ValueError("views repeat, and mixup and cutmix make new images at every step: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _momenta_are_fractions(self) -> TrainConfig:
+        if self.optimizer == "dot" and not self.dot_delta <= self.momentum < 1 - self.dot_delta:
+            raise ValueError(f"momentum {self.momentum:g} with dot_delta {self.dot_delta:g} leaves the range from 0 to 1")
         return self
 
     @property

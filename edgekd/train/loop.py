@@ -25,7 +25,7 @@ from edgekd.train.config import TrainConfig
 from edgekd.train.distiller import Batch, Outputs
 from edgekd.train.evaluate import logits_of
 from edgekd.train.memory import kept_memory
-from edgekd.train.optim import Average, learning_rate, make_optimizer
+from edgekd.train.optim import Average, Dot, learning_rate, make_optimizer
 from edgekd.train.views import View
 
 if TYPE_CHECKING:
@@ -192,13 +192,22 @@ class _Run:
         torch.manual_seed(seed_of(job.seed, "step", self.step))  # dropout and drop-path of this step
         terms = self._terms(positions, images, epoch)
         values = self._checked(terms)
-        loss = sum(terms.values(), start=torch.zeros((), device=job.device))
-        (loss / cfg.accumulate).backward()  # type: ignore[no-untyped-call]
+        self._backward(terms)
         self.step += 1
         if self.step % cfg.accumulate == 0 or self.step == self.total:
             self._update()
         self._log(values, epoch)
         return values
+
+    def _backward(self, terms: dict[str, Tensor]) -> None:
+        """Adds the gradients of a batch's terms; those of the labels apart where the optimizer asks for that."""
+        parts = dict(terms)
+        if isinstance(self.optimizer, Dot):
+            task = parts.pop("label") / self.job.cfg.accumulate
+            self.optimizer.add_task(torch.autograd.grad(task, self.optimizer.parameters, retain_graph=bool(parts), allow_unused=True))
+        if parts:
+            loss = sum(parts.values(), start=torch.zeros((), device=self.job.device))
+            (loss / self.job.cfg.accumulate).backward()  # type: ignore[no-untyped-call]
 
     def _terms(self, positions: NDArray[np.int64], images: Tensor, epoch: int) -> dict[str, Tensor]:
         job, cfg = self.job, self.job.cfg
@@ -239,11 +248,14 @@ class _Run:
         rate = self._rate(self.step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        dot = self.optimizer if isinstance(self.optimizer, Dot) else None
+        gradients = dot.gradients() if dot else [p.grad for p in self.trained.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not _finite(float(norm)):  # before the optimizer, so that weights, checkpoints and results stay finite
             raise self._bad_gradient(float(norm))
-        if cfg.clip_grad:
+        if cfg.clip_grad and dot:
+            dot.scale(min(1.0, cfg.clip_grad / (float(norm) + 1e-6)))
+        elif cfg.clip_grad:
             nn.utils.clip_grads_with_norm_(self.trained.parameters(), cfg.clip_grad, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
