@@ -20,6 +20,7 @@ class Kind(StrEnum):
     """What an artifact is; the planner wires stages by it."""
 
     DATA = "data"  # decoded or indexed dataset with its splits
+    ANSWERS = "answers"  # what a teacher says to every view of every training image
     MODEL = "model"  # spec.json + model.safetensors
     GRAPH = "graph"  # model.onnx
     ENGINE = "engine"  # what a backend runs

@@ -34,6 +34,7 @@ from edgekd.train.config import TrainConfig
 STORE_VERSION = 1
 HOST = "host"
 _LEARNS = ("train", "distill")
+_FROM_LOGITS = frozenset({"logits"})
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Step:
         if s.method is not None and s.method_config is not None:
             config = key_fields(s.method_config)
             method = {"name": s.method, "config": config, "source": _sha(registry.source_of(stage.method_kind, s.method))}
+            if hasattr(s.method_config, "uses"):  # a method of methods
+                method["uses"] = {f"{kind}/{name}": _sha(registry.source_of(kind, name)) for kind, name in s.method_config.uses()}
         return {
             "store": STORE_VERSION,
             "stage": {"name": self.stage, "version": stage.version, "source": _sha(registry.source_of("stage", self.stage))},
@@ -378,7 +381,31 @@ class _Planner:
             tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
             tune_inputs = {("teacher?" if n == "teacher" else n): r for n, r in inputs.items()}
             inputs["speed?"] = self._add(f"{name}.speed", "tune", tuned, tune_inputs, facts=_here(), unless=unless)
+        if isinstance(config, TrainConfig) and self._can_be_kept(stage, settings, config):
+            inputs["answers?"] = self._answers(stage, settings, inputs, unless)
         return self._add(name, stage, None, inputs, settings=settings, facts=self._task(), unless=unless, user=user)
+
+    def _can_be_kept(self, stage: str, settings: Settings, config: TrainConfig) -> bool:
+        """Whether a teacher would say the same thing again and again to the images of this stage."""
+        return (
+            0 < config.fixed_views < config.epochs
+            and self.recipe.teacher is not None
+            and stage in ("distill", "quantize_train")
+            and _distiller(stage, settings).needs <= _FROM_LOGITS
+        )
+
+    def _answers(self, stage: str, settings: Settings, inputs: Mapping[str, Ref], unless: tuple[str, Ref] | None) -> str:
+        """The teacher's answers to every view: kept once, for all stages that imitate it on the same views."""
+        config = settings.typed(TrainConfig)
+        how: dict[str, Any] = {"autocast": config.autocast == "bf16", "channels_last": config.channels_last == "on"}
+        if config.sampled_classes:
+            how |= {"samples": config.sampled_classes, "temperature": _distiller(stage, settings).linear_at}
+        asked = self._config("answers", views=config.fixed_views, augment=config.augment, **how)
+        same = [s for s in self.plan.steps if s.stage == "answers" and s.settings.config == asked and s.unless in (None, unless)]
+        if same:
+            return same[0].name
+        taken = {"teacher": "teacher", "data": "data"} | {n: r for n, r in inputs.items() if n == "speed?"}
+        return self._add(f"{settings.name}.answers", "answers", asked, taken, unless=unless)
 
     def _export(self, name: str, model: Ref, unless: tuple[str, Ref] | None = None) -> str:
         graph = self._add(f"{name}.export", "export", None, {"model": model, "data": "data"}, unless=unless)
@@ -809,6 +836,15 @@ def _refuses(target: Target, settings: Settings) -> str | None:
 def _compresses(kind: str) -> bool:
     found: bool = registry.load("stage", kind).compresses
     return found
+
+
+def _distiller(stage: str, settings: Settings) -> Any:
+    """The distiller of a stage that imitates a teacher."""
+    if stage == "distill":
+        return registry.load("distill", str(settings.method))(settings.method_config)
+    config: Any = settings.method_config
+    distiller = registry.load("distill", config.distiller)
+    return distiller(distiller.Config(**config.distiller_options))
 
 
 def _as_model(teacher: Any) -> Any:

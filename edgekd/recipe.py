@@ -357,6 +357,8 @@ def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str
         field_ = stage.method_field
         method = body.pop(field_, stage.default_method)
         spot = marks.get((*at, field_), where)
+        if kind == "distill" and isinstance(method, list):
+            method, body["methods"] = "combined", method
         if not isinstance(method, str) or method not in registry.names(stage.method_kind):
             what = f"unknown {field_} '{method}'{suggest(method, registry.names(stage.method_kind))}" if method else f"{field_}: missing"
             problems.append(f"{spot}: {name}.{what}" if not method else f"{spot}: {what}")
@@ -489,6 +491,8 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         at: Path_ = ("stages", i, kind)
         if kind == "distill" and recipe.teacher is None:
             bad(at, f"stage '{settings.name}' distils, and the recipe has no teacher")
+        if problem := _sampled(kind, settings):
+            bad((*at, "sampled_classes"), problem)
         if recipe.model.onnx is not None and kind != "quantize":
             bad(at, f"stage '{settings.name}' needs an architecture; an ONNX file can only be quantized")
         if quantized and kind != "quantize":
@@ -499,6 +503,18 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
             if quantized:
                 bad(at, f"stage '{settings.name}' trains the model and must be the first that quantizes")
         quantized = quantized or kind == "quantize"
+
+
+def _sampled(kind: str, settings: Settings) -> str | None:
+    """Why a stage cannot learn from sampled answers, where it asks for them."""
+    config: Any = settings.config
+    if kind != "distill" or not config.sampled_classes:
+        return None
+    if not config.fixed_views:
+        return "answers are kept, and sampled, only where views repeat: set views"
+    if getattr(registry.load("distill", str(settings.method))(settings.method_config), "linear_at", None) is None:
+        return f"{settings.method} needs all of the teacher's logits; a sample of them is enough for kd"
+    return None
 
 
 def _check_target(device: str, target: Any, bad: Report) -> None:

@@ -26,6 +26,13 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+def sampled_kd_loss(student: Tensor, shares: Tensor, temperature: float) -> Tensor:
+    """The same from an estimate (batch, classes) of the teacher's tempered probabilities: cross-entropy, for the teacher's entropy is not known."""
+    from torch.nn import functional as F
+
+    return -(shares * F.log_softmax(student / temperature, dim=1)).sum(dim=1).mean() * temperature**2
+
+
 @register("distill")
 class KD:
     """KD on logits."""
@@ -44,6 +51,13 @@ class KD:
     def setup(self, student: Side, teacher: Side) -> None:
         """KD has no projector."""
 
+    @property
+    def linear_at(self) -> float:
+        """KL's gradient is linear in the teacher's tempered probabilities."""
+        return float(self.config.temperature)
+
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        loss = kd_loss(batch.student.logits, batch.teacher.logits, self.config.temperature)
+        student, teacher, temperature = batch.student.logits, batch.teacher, self.config.temperature
+        sampled = teacher.probabilities
+        loss = kd_loss(student, teacher.logits, temperature) if sampled is None else sampled_kd_loss(student, sampled, temperature)
         return {"kd": self.config.weight * loss}

@@ -8,21 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import Artifact, Kind
 from edgekd.registry import register
-from edgekd.stages._stage import Settings
-from edgekd.stages.train import chosen_speed, learn, prepare
+from edgekd.stages._stage import Settings, read_decision
+from edgekd.stages.train import learn, prepare
 from edgekd.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.models.spec import ModelSpec
     from edgekd.train.distiller import Distiller, Side
-    from edgekd.train.loop import Job
+    from edgekd.train.loop import Job, Teacher
 
 
 @register("stage")
 class Distill:
     Config = TrainConfig
-    takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA, "teacher": Kind.MODEL, "speed?": Kind.DECISION}
+    takes: Mapping[str, Kind] = {
+        "model": Kind.MODEL,
+        "data": Kind.DATA,
+        "teacher": Kind.MODEL,
+        "answers?": Kind.ANSWERS,
+        "speed?": Kind.DECISION,
+    }
     gives = Kind.MODEL
     version = 1
     libraries = ("torch", "timm")
@@ -46,15 +52,19 @@ def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[
 
     from edgekd.models.build import load_model
     from edgekd.models.taps import TappedModel
-    from edgekd.train.loop import Teacher
-    from edgekd.train.views import View
+    from edgekd.train.answers import Answers
 
-    teacher, teacher_spec = load_model(inputs["teacher"])
     job.distiller, job.label_weight = distiller, distiller.config.label_weight
-    speed = chosen_speed(settings.typed(TrainConfig), inputs, "teacher") if "speed" in inputs else job.speed
-    layout = torch.channels_last if speed.channels_last else torch.contiguous_format
-    teacher = teacher.to(job.device, memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
-    job.teacher = Teacher(teacher, View(teacher_spec, channels_last=speed.channels_last, device=job.device), speed)
+    facts: dict[str, Any] = {}
+    if "answers" in inputs:
+        teacher, teacher_spec = load_model(inputs["teacher"])
+        job.teacher = Answers(inputs["answers"].path, job.dataset.split("train"), job.device)
+        facts["views"] = job.teacher.about.views
+    else:
+        config = settings.typed(TrainConfig)
+        live, teacher_spec = teacher_of(inputs, autocast=config.autocast == "bf16", channels_last=config.channels_last == "on")
+        job.teacher, teacher = live, live.model
+        facts["teacher_autocast"] = live.speed.autocast
     taps = "taps" in distiller.needs
     pair = side(job.model, job.spec, taps=taps), side(teacher, teacher_spec, taps=taps)
     with torch.random.fork_rng(devices=[]):
@@ -62,7 +72,24 @@ def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[
         job.projectors = distiller.setup(*pair)
     if taps:
         job.tapped = TappedModel(job.model, pair[0].taps)
-    return {"teacher_autocast": speed.autocast}
+    return facts
+
+
+def teacher_of(inputs: Mapping[str, Artifact], *, autocast: bool, channels_last: bool) -> tuple[Teacher, ModelSpec]:
+    """The frozen teacher, run as the tuning decided, or, where none did, as given."""
+    import torch
+
+    from edgekd.models.build import load_model
+    from edgekd.stages._common import training_device
+    from edgekd.train.loop import Speed, Teacher
+    from edgekd.train.views import View
+
+    model, spec = load_model(inputs["teacher"])
+    found = read_decision(inputs["speed"]).get("teacher") if "speed" in inputs else None
+    speed = Speed(found["autocast"], found["channels_last"]) if found else Speed(autocast, channels_last)
+    layout = torch.channels_last if speed.channels_last else torch.contiguous_format
+    model = model.to(training_device(), memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
+    return Teacher(model, View(spec, channels_last=speed.channels_last, device=training_device()), speed), spec
 
 
 def side(model: Any, spec: ModelSpec, *, taps: bool = True) -> Side:

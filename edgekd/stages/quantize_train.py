@@ -27,7 +27,13 @@ _BATCH = 32
 @register("stage")
 class QuantizeTrain:
     Config = TrainConfig
-    takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA, "teacher?": Kind.MODEL, "speed?": Kind.DECISION}
+    takes: Mapping[str, Kind] = {
+        "model": Kind.MODEL,
+        "data": Kind.DATA,
+        "teacher?": Kind.MODEL,
+        "answers?": Kind.ANSWERS,
+        "speed?": Kind.DECISION,
+    }
     gives = Kind.MODEL
     version = 1
     libraries = ("torch", "timm")

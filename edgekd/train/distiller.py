@@ -37,6 +37,7 @@ class Outputs:
 
     logits: Tensor
     taps: tuple[Tensor, ...] = ()
+    probabilities: Tensor | None = None  # an unbiased estimate of the tempered softmax, where that is all that was kept of an answer
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Distiller(Protocol):
     co_trains: ClassVar[bool]  # True: updates the teacher or peers as well
 
     config: Any  # an instance of Config
+    # One more, which a method may leave out: `linear_at: float`, the temperature at which it uses nothing of the teacher but its probabilities, and
+    # these linearly, so that an unbiased sample of them (`Outputs.probabilities`) gives the same gradient on average.
 
     def __init__(self, config: Any) -> None: ...
 

@@ -25,7 +25,7 @@ from edgekd.train.config import TrainConfig
 from edgekd.train.distiller import Batch, Outputs
 from edgekd.train.evaluate import logits_of
 from edgekd.train.memory import kept_memory
-from edgekd.train.optim import Average, learning_rate, make_optimizer
+from edgekd.train.optim import Average, Dot, learning_rate, make_optimizer
 from edgekd.train.views import View
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from edgekd.models.spec import ModelSpec
     from edgekd.models.taps import TappedModel
     from edgekd.tasks._task import Task
+    from edgekd.train.answers import Answers
     from edgekd.train.distiller import Distiller
 
 _CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = 10.0, 0.02  # at least so far apart, and at most this part of the time
@@ -60,8 +61,8 @@ class Teacher:
     speed: Speed
     tapped: TappedModel | None = None
 
-    def __call__(self, images: Tensor) -> Outputs:
-        """Outputs for images in [0, 1]; fp32 whatever the autocast."""
+    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Outputs:
+        """Outputs for images in [0, 1]; fp32 whatever the autocast. `index` and `epoch` are for teachers whose answers are kept."""
         kind = images.device.type
         with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.speed.autocast):
             logits, taps = self.tapped(self.view(images)) if self.tapped else (self.model(self.view(images)), ())
@@ -84,7 +85,7 @@ class Job:
     speed: Speed = field(default_factory=Speed)
     distiller: Distiller | None = None
     label_weight: float = 1.0
-    teacher: Teacher | None = None
+    teacher: Teacher | Answers | None = None
     tapped: TappedModel | None = None  # the student with hooks, where the distiller needs features
     projectors: nn.Module | None = None
     device: str = "cpu"
@@ -191,19 +192,29 @@ class _Run:
         torch.manual_seed(seed_of(job.seed, "step", self.step))  # dropout and drop-path of this step
         terms = self._terms(positions, images, epoch)
         values = self._checked(terms)
-        loss = sum(terms.values(), start=torch.zeros((), device=job.device))
-        (loss / cfg.accumulate).backward()  # type: ignore[no-untyped-call]
+        self._backward(terms)
         self.step += 1
         if self.step % cfg.accumulate == 0 or self.step == self.total:
             self._update()
         self._log(values, epoch)
         return values
 
+    def _backward(self, terms: dict[str, Tensor]) -> None:
+        """Adds the gradients of a batch's terms; those of the labels apart where the optimizer asks for that."""
+        parts = dict(terms)
+        if isinstance(self.optimizer, Dot):
+            task = parts.pop("label") / self.job.cfg.accumulate
+            self.optimizer.add_task(torch.autograd.grad(task, self.optimizer.parameters, retain_graph=bool(parts), allow_unused=True))
+        if parts:
+            loss = sum(parts.values(), start=torch.zeros((), device=self.job.device))
+            (loss / self.job.cfg.accumulate).backward()  # type: ignore[no-untyped-call]
+
     def _terms(self, positions: NDArray[np.int64], images: Tensor, epoch: int) -> dict[str, Tensor]:
         job, cfg = self.job, self.job.cfg
         classes = len(job.dataset.classes)
         index = torch.from_numpy(positions)
-        pixels = augment(images.to(job.device), index, cfg.augment, seed=job.seed, epoch=epoch)
+        view = epoch % cfg.fixed_views if cfg.fixed_views else epoch
+        pixels = augment(images.to(job.device), index, cfg.augment, seed=job.seed, epoch=view)
         target = job.task.collate(job.dataset.labels[positions], classes).to(job.device)
         mixed = mix_batch(pixels, cfg.augment, seed=job.seed, step=self.step)
         if mixed is not None:
@@ -214,7 +225,7 @@ class _Run:
         terms = {"label": job.label_weight * job.task.label_loss(student.logits, target, cfg.label_smoothing)}
         if job.distiller is not None and job.teacher is not None:
             progress = self.step / max(self.total - 1, 1)
-            terms |= job.distiller.terms(Batch(student, job.teacher(pixels), target, index, progress))
+            terms |= job.distiller.terms(Batch(student, job.teacher(pixels, index, epoch), target, index, progress))
         return terms
 
     def _checked(self, terms: dict[str, Tensor]) -> dict[str, float]:
@@ -237,11 +248,14 @@ class _Run:
         rate = self._rate(self.step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        dot = self.optimizer if isinstance(self.optimizer, Dot) else None
+        gradients = dot.gradients() if dot else [p.grad for p in self.trained.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not _finite(float(norm)):  # before the optimizer, so that weights, checkpoints and results stay finite
             raise self._bad_gradient(float(norm))
-        if cfg.clip_grad:
+        if cfg.clip_grad and dot:
+            dot.scale(min(1.0, cfg.clip_grad / (float(norm) + 1e-6)))
+        elif cfg.clip_grad:
             nn.utils.clip_grads_with_norm_(self.trained.parameters(), cfg.clip_grad, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,73 @@ def make_optimizer(modules: Iterable[nn.Module], cfg: TrainConfig) -> Optimizer:
         {"params": [p for p in params if p.ndim > 1], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if cfg.optimizer == "dot":
+        return Dot(groups, lr=cfg.lr, momentum=cfg.momentum, delta=cfg.dot_delta)
     if cfg.optimizer == "sgd":
         return SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, foreach=True)
     return AdamW(groups, lr=cfg.lr, foreach=True)
+
+
+class Dot(Optimizer):
+    """SGD with two momentum buffers: the gradient of distillation is remembered for longer than that of the labels.
+
+    `add_task` takes the gradients of the label loss; those of all other terms are in `.grad`, as ever. A parameter that only one of the two reaches
+    (projectors) has plain momentum. Source: Zhao et al. 2023, "DOT: A Distillation-Oriented Trainer" (arXiv 2307.08436), section 4; authors' code:
+    no Nesterov, weight decay in the buffer of the labels.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, delta: float = 0.075, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "delta": delta, "weight_decay": weight_decay})
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def add_task(self, gradients: Sequence[Tensor | None]) -> None:
+        """Adds gradients of the label loss, in the order of `parameters`, to those of earlier parts of the batch."""
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                held = self.state[p].get("task")
+                self.state[p]["task"] = gradient.detach().clone() if held is None else held + gradient
+
+    def gradients(self) -> list[Tensor]:
+        """Of the sum of all terms, a parameter each that has one."""
+        sums = []
+        for p in self.parameters:
+            found = [g for g in (self.state[p].get("task"), p.grad) if g is not None]
+            sums += [sum(found[1:], start=found[0])] if found else []
+        return sums
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Clips both alike: their sum is what is too large."""
+        for p in self.parameters:
+            for gradient in (self.state[p].get("task"), p.grad):
+                if gradient is not None:
+                    gradient.mul_(factor)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._update(p, group)
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        task, other = state.get("task"), p.grad
+        if task is None and other is None:
+            return
+        delta = group["delta"] if task is not None and other is not None else 0.0
+        decay = group["weight_decay"] * p
+        for name, gradient, momentum in (("v_task", task, group["momentum"] - delta), ("v_kd", other, group["momentum"] + delta)):
+            if gradient is None:
+                continue
+            if name == "v_task" or task is None:
+                gradient = gradient + decay
+            held = state.get(name)
+            state[name] = gradient.clone() if held is None else held.mul_(momentum).add_(gradient)
+            p.sub_(state[name], alpha=group["lr"])
+        state.pop("task", None)
 
 
 def learning_rate(cfg: TrainConfig, step: int, steps: int) -> float:

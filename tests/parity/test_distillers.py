@@ -151,3 +151,20 @@ def test_kd_asks_for_no_features_so_a_model_without_stages_can_learn() -> None:
     spec = ModelSpec(arch="x", num_classes=3, image_size=8, mean=(0, 0, 0), std=(1, 1, 1), timm="1")
     flat = side(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), spec, taps="taps" in registry.load("distill", "kd").needs)
     assert flat.taps == ()
+
+
+def test_combined_methods_add_up_and_keep_their_own_weights() -> None:
+    cls = registry.load("distill", "combined")
+    combined = cls(cls.Config(methods=[{"kd": {"weight": 0.5}}, "ofa"]))
+    assert (combined.needs, combined.config.label_weight) == ({"logits", "taps"}, 0.1)  # the label's weight is the first method's
+    assert cls(cls.Config(methods=["kd"], label_weight=2.0)).config.label_weight == 2.0
+    taps = tuple(Tap(f"layer{i + 1}", "NCHW", 4 * 2**i, (8 >> i, 8 >> i)) for i in range(4))
+    side, features = Side(nn.Identity(), taps, 32, 10), tuple(torch.randn(4, t.channels, *t.grid) for t in taps)
+    projectors = combined.setup(side, side)
+    assert set(projectors) == {"ofa"}
+    batch = Batch(Outputs(S.float(), features), Outputs(T.float(), features), Y, torch.arange(4), 0.5)
+    terms = combined.terms(batch)
+    assert set(terms) == {"kd", "ofa.logits", "ofa1", "ofa2", "ofa3", "ofa4"}
+    kd = registry.load("distill", "kd")
+    assert torch.equal(terms["kd"], kd(kd.Config(weight=0.5)).terms(batch)["kd"])
+    assert torch.equal(terms["ofa.logits"], combined.parts["ofa"].terms(batch)["logits"])

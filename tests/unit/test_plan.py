@@ -72,6 +72,11 @@ def taught(name: str) -> list[str]:
     return [f"{name}.speed", name, f"{name}.export", f"{name}.engine", f"{name}.val"]
 
 
+def distilled(name: str) -> list[str]:
+    """Without augmentation a teacher says the same in every epoch: its answers are kept."""
+    return [f"{name}.speed", f"{name}.answers", *taught(name)[1:]]
+
+
 def cut(name: str) -> list[str]:
     return [f"{name}.widths", name, f"{name}.export", f"{name}.engine", f"{name}.val"]
 
@@ -113,7 +118,7 @@ SEGMENT = [*cut("prune"), *taught("recover"), "prune.gate"]
                 "teacher.export",
                 "teacher.engine",
                 "teacher.val",
-                *taught("distill"),
+                *distilled("distill"),
                 *ended("host", teacher=True),
             ],
         ),
@@ -121,25 +126,25 @@ SEGMENT = [*cut("prune"), *taught("recover"), "prune.gate"]
         (
             "two prunes",
             [
-                *(*TEACHER, *taught("distill"), *SEGMENT, *cut("again"), *taught("recover2"), "again.gate"),
+                *(*TEACHER, *distilled("distill"), *SEGMENT, *cut("again"), *taught("recover2"), "again.gate"),
                 *(*rounded("quantize"), *ended("host", teacher=True)),
             ],
         ),
         (
             "two targets",
             [
-                *(*TEACHER, *taught("distill"), *SEGMENT, *rounded("quantize"), *rounded("quantize@rpi5")),
+                *(*TEACHER, *distilled("distill"), *SEGMENT, *rounded("quantize"), *rounded("quantize@rpi5")),
                 *(*ended("host", teacher=True), *ended("rpi5", check=True)),
             ],
         ),
         (
             "away first",
-            [*TEACHER, *taught("distill"), *SEGMENT, *rounded("quantize"), *ended("rpi5", check=True, teacher=True), *ended("host")],
+            [*TEACHER, *distilled("distill"), *SEGMENT, *rounded("quantize"), *ended("rpi5", check=True, teacher=True), *ended("host")],
         ),
         (
             "rounded in training",
             [
-                *(*TEACHER, *taught("distill"), *SEGMENT, "quantize.train.speed", "quantize.train", "quantize.train.export"),
+                *(*TEACHER, *distilled("distill"), *SEGMENT, "quantize.train.speed", "quantize.train", "quantize.train.export"),
                 *(*rounded("quantize")[1:], *rounded("quantize@rpi5")[1:]),  # one training for all targets
                 *(*ended("host", teacher=True), *ended("rpi5", check=True)),
             ],
@@ -148,7 +153,7 @@ SEGMENT = [*cut("prune"), *taught("recover"), "prune.gate"]
             "baseline",
             [
                 *TEACHER,
-                *taught("distill"),
+                *distilled("distill"),
                 *SEGMENT,
                 *rounded("quantize"),
                 *taught("student alone"),
@@ -449,7 +454,7 @@ def after(plan: Plan, name: str) -> set[str]:
     [
         ("distill.epochs=4", "distill"),
         ("distill.temperature=2", "distill"),
-        ("distill.augment.pad=1", "distill"),
+        ("distill.augment.pad=1", "distill.answers"),
         ("recover.lr=0.1", "recover"),
         ("quantize.samples=9", "quantize.trial"),
         ("data.image_size=40", "data"),

@@ -95,6 +95,22 @@ def test_an_override_of_something_unknown_names_the_nearest(here: Path) -> None:
     assert "expected NAME.FIELD=VALUE" in problems(BASE, here, "distill.epochs")
 
 
+def test_a_list_of_methods_is_one_method_of_several_with_their_settings(here: Path) -> None:
+    recipe = BASE.replace("method: kd, epochs: 4, temperature: 2", "method: METHODS")
+    (here / "r.yaml").write_text(recipe.replace("METHODS", "[kd, {ofa: {gamma: 1.2}}]"))
+    settings = load("r.yaml").stages[0][1]
+    assert settings.method == "combined"
+    assert settings.method_config.names == ["kd", "ofa"]  # type: ignore[union-attr]
+    for methods, words in (
+        ("[kd, kd]", "'kd' cannot be there twice"),
+        ("[kdd]", "unknown distill 'kdd'; did you mean 'kd'"),
+        ("[{kd: {temprature: 2}}]", "kd.temprature"),
+        ("[{kd: {}, ofa: {}}]", "expected one method with its settings"),
+        ("[]", "methods"),
+    ):
+        assert words in problems(recipe.replace("METHODS", methods), here)
+
+
 def test_a_model_stage_cannot_follow_a_graph_stage(here: Path) -> None:
     text = BASE.replace("  - quantize: {}\n", "").replace("  - prune", "  - quantize: {}\n  - prune")
     assert "cannot follow a quantize stage" in problems(text, here)

@@ -439,7 +439,7 @@ def stop_after(step: int, code: int = 130) -> Context:
     return ctx
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "dot"])
 @pytest.mark.parametrize("name", registry.names("distill"))
 def test_a_run_stopped_at_any_step_ends_in_the_same_bytes(dataset: Dataset, tmp_path: Path, name: str, optimizer: str) -> None:
     """Also between accumulated batches, between epochs and after the last step; with dropout, batch norm, averages, mixing and the best on val."""
