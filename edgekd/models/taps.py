@@ -71,6 +71,15 @@ def stage_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
     return tuple((last if len(last) >= STAGES else taps)[-STAGES:])
 
 
+def pooled(features: Tensor, tap: Tap) -> Tensor:
+    """One vector an image (batch, channels): the mean over positions, or the class token where there is one."""
+    if tap.layout == "NCHW":
+        return features.mean((2, 3))
+    if tap.layout == "NHWC":
+        return features.mean((1, 2))
+    return features[:, 0] if tap.prefix else features.mean(1)
+
+
 def family(taps: tuple[Tap, ...], model: nn.Module) -> str:
     """cnn, swin (hierarchical tokens), vit (uniform tokens with attention) or mlp (uniform tokens without)."""
     if taps[-1].layout == "NCHW":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,14 @@ from edgekd.stages.train import learn, prepare
 from edgekd.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from edgekd.context import Context
     from edgekd.models.spec import ModelSpec
     from edgekd.train.distiller import Distiller, Side
     from edgekd.train.loop import Job, Teacher
+
+_BATCH = 128
 
 
 @register("stage")
@@ -53,6 +58,7 @@ def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[
     from edgekd.models.build import load_model
     from edgekd.models.taps import TappedModel
     from edgekd.train.answers import Answers
+    from edgekd.train.loop import Teacher
 
     job.distiller, job.label_weight = distiller, distiller.config.label_weight
     facts: dict[str, Any] = {}
@@ -67,12 +73,36 @@ def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[
         facts["teacher_autocast"] = live.speed.autocast
     taps = "taps" in distiller.needs
     pair = side(job.model, job.spec, taps=taps), side(teacher, teacher_spec, taps=taps)
+    if isinstance(job.teacher, Teacher) and "teacher_taps" in distiller.needs:
+        job.teacher.tapped = TappedModel(teacher, pair[1].taps)
+    if "class_means" in distiller.needs:
+        pair = pair[0], replace(pair[1], class_means=class_means(job))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(ctx.seed)
         job.projectors = distiller.setup(*pair)
     if taps:
         job.tapped = TappedModel(job.model, pair[0].taps)
     return facts
+
+
+def class_means(job: Job) -> Tensor:
+    """Means of the teacher's pooled last features over each class of the training images, without augmentation; zeros for a class without images."""
+    import torch
+
+    from edgekd.data.augment import to_float
+    from edgekd.data.loader import batches
+    from edgekd.models.taps import pooled
+
+    teacher: Any = job.teacher
+    tap, classes = teacher.tapped.taps[-1], len(job.dataset.classes)
+    sums, counts = torch.zeros(classes, tap.channels, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
+    for batch in batches(job.dataset, job.dataset.split("train"), _BATCH):
+        index = torch.from_numpy(batch.positions)
+        features = pooled(teacher(to_float(batch.images.to(job.device)), index, 0).taps[-1], tap).cpu().double()
+        labels = torch.from_numpy(job.dataset.labels[batch.positions])
+        sums.index_add_(0, labels, features)
+        counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
+    return (sums / counts.clamp_min(1)[:, None]).float().to(job.device)
 
 
 def teacher_of(inputs: Mapping[str, Artifact], *, autocast: bool, channels_last: bool) -> tuple[Teacher, ModelSpec]:

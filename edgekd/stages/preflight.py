@@ -113,6 +113,7 @@ def _named(stage: str) -> Iterator[None]:
 def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset, task: Task) -> None:
     """One batch: every term and every gradient must be finite."""
     import copy
+    from dataclasses import replace
 
     import torch
 
@@ -129,11 +130,13 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     guide, guide_spec = load_model(teacher)
     tapped = "taps" in distiller.needs
     here, there = side(net, spec, taps=tapped), side(guide, guide_spec, taps=tapped)
+    if "class_means" in distiller.needs:
+        there = replace(there, class_means=torch.zeros(len(dataset.classes), there.num_features))
     distiller.setup(here, there)
     positions = dataset.split("train")[:_BATCH]
     images = to_float(torch.from_numpy(dataset.images(positions)))
     with torch.no_grad():
-        answer = Outputs(guide(View(guide_spec)(images)))
+        answer = Outputs(*TappedModel(guide, there.taps)(View(guide_spec)(images)))
     logits, taps = TappedModel(net, here.taps)(View(spec)(images))
     target = task.collate(dataset.labels[positions], len(dataset.classes))
     terms = distiller.terms(Batch(Outputs(logits, taps), answer, target, torch.from_numpy(positions), 0.0))

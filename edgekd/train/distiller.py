@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from edgekd.models.taps import Tap
 
 
+# What a method may ask to have computed: both models' logits; the student's features, or the teacher's too, at their taps; the models themselves; the mean of
+# the teacher's last features over each class of the training images.
+NEEDS = frozenset({"logits", "taps", "teacher_taps", "modules", "class_means"})
+
+
 class DistillConfig(Config):
     """What every distiller has: the weight of the label loss beside its own terms."""
 
@@ -29,6 +34,7 @@ class Side:
     taps: tuple[Tap, ...]  # features by stage, shallow to deep
     num_features: int  # width of the last features
     num_classes: int
+    class_means: Tensor | None = None  # (classes, width) of the teacher's pooled last features, where asked for
 
 
 @dataclass
@@ -55,7 +61,7 @@ class Distiller(Protocol):
     """A distillation method: one file of `edgekd/distill`, registered with `@register("distill")`."""
 
     Config: ClassVar[type[DistillConfig]]
-    needs: ClassVar[frozenset[str]]  # subset of {"logits", "taps", "modules", "class_means"}
+    needs: ClassVar[frozenset[str]]  # subset of NEEDS
     co_trains: ClassVar[bool]  # True: updates the teacher or peers as well
 
     config: Any  # an instance of Config

@@ -19,6 +19,7 @@ from edgekd.artifact import Kind
 from edgekd.config import Config
 from edgekd.errors import UnknownName, UsageError
 from edgekd.stages._stage import Settings
+from edgekd.train.distiller import NEEDS
 
 PACKAGE = Path(edgekd.__file__).parent
 MEMBERS = [(kind, name) for kind in registry.FOLDERS for name in registry.names(kind)]
@@ -106,7 +107,7 @@ def test_a_method_runs_with_its_defaults_and_its_settings_cannot_be_changed_late
 @pytest.mark.parametrize("name", registry.names("distill"))
 def test_what_a_distiller_needs_is_known_to_the_loop(name: str) -> None:
     cls = registry.load("distill", name)
-    assert cls.needs <= {"logits", "taps", "modules", "class_means"}
+    assert cls.needs <= NEEDS
     assert isinstance(cls.co_trains, bool)
     assert "label_weight" in cls.Config.model_fields
 

@@ -65,11 +65,13 @@ def _net(seed: int) -> Any:
 
 
 def _teach(job: Any, method: str) -> None:
+    from dataclasses import replace
+
     import torch
 
     from edgekd import registry
     from edgekd.models.taps import TappedModel
-    from edgekd.stages.distill import side
+    from edgekd.stages.distill import class_means, side
     from edgekd.train.loop import Speed, Teacher
     from edgekd.train.views import View
 
@@ -78,6 +80,10 @@ def _teach(job: Any, method: str) -> None:
     teacher = _net(7).eval().requires_grad_(False)
     job.teacher = Teacher(teacher, View(job.spec), Speed())
     here, there = side(job.model, job.spec), side(teacher, job.spec)
+    if "teacher_taps" in job.distiller.needs:
+        job.teacher.tapped = TappedModel(teacher, there.taps)
+    if "class_means" in job.distiller.needs:
+        there = replace(there, class_means=class_means(job))
     torch.manual_seed(0)
     job.projectors = job.distiller.setup(here, there)
     if "taps" in job.distiller.needs:

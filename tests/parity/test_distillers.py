@@ -8,8 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import registry
+from edgekd.distill.at import at_loss
+from edgekd.distill.dist import pearson_distance
+from edgekd.distill.dkd import dkd_terms
+from edgekd.distill.fitnet import hint_loss, projector
 from edgekd.distill.kd import kd_loss
+from edgekd.distill.nd import nd_loss
 from edgekd.distill.ofa import ofa_loss
+from edgekd.distill.rkd import rkd_terms
+from edgekd.errors import UsageError
 from edgekd.models.projectors import SepConv, ofa_branches
 from edgekd.models.taps import Tap
 from edgekd.train.distiller import Batch, Outputs, Side
@@ -24,6 +31,8 @@ def seq(*shape: int, a: float, b: float = 0.0, k: float = 1.0) -> Tensor:
 S, T = seq(4, 10, a=0.7, k=2), seq(4, 10, a=0.31, b=0.5, k=3)
 Y = torch.tensor([1, 3, 5, 7])
 M = nn.functional.one_hot(Y, 10).double()
+FS, FT = seq(6, 8, a=0.37, b=0.2), seq(6, 8, a=0.53, b=0.9)
+F4S, F4T, FT3 = seq(2, 4, 6, 6, a=0.17), seq(2, 4, 6, 6, a=0.29, b=0.4), seq(2, 5, 3, 3, a=0.29, b=0.4)
 
 
 @pytest.mark.parametrize(("temperature", "golden"), [(4.0, 1.1564597669679508), (1.0, 0.8604167719844253)])
@@ -72,9 +81,152 @@ def test_the_gradient_of_ofa_is_the_closed_form(gamma: float) -> None:
     assert bool((w >= 0).all())
 
 
-@pytest.mark.parametrize("loss", [lambda s: kd_loss(s, T, 4.0), lambda s: ofa_loss(s, T, M, 1.4, 2.0)], ids=["kd", "ofa"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s: kd_loss(s, T, 4.0),
+        lambda s: ofa_loss(s, T, M, 1.4, 2.0),
+        lambda s: sum(dkd_terms(s, T, Y, 4.0)),
+        lambda s: pearson_distance((s / 4).softmax(1), (T / 4).softmax(1)),
+        lambda s: pearson_distance((s / 4).softmax(1).T, (T / 4).softmax(1).T),
+    ],
+    ids=["kd", "ofa", "dkd", "dist inter", "dist intra"],
+)
 def test_gradients_pass_a_numeric_check(loss: object) -> None:
     assert torch.autograd.gradcheck(loss, (S.clone().requires_grad_(),), eps=1e-6, atol=1e-7)
+
+
+def terms_of(name: str, student: Tensor, teacher: Tensor, progress: float = 1.0, **options: float) -> dict[str, Tensor]:
+    cls = registry.load("distill", name)
+    return dict(cls(cls.Config(**options)).terms(Batch(Outputs(student), Outputs(teacher), Y, torch.arange(len(Y)), progress)))
+
+
+@pytest.mark.parametrize(
+    ("options", "golden"),
+    [
+        ({"alpha": 1, "beta": 8}, 8.923488936671),
+        ({"alpha": 1, "beta": 1}, 1.271846352522),
+        ({"alpha": 1, "beta": 0}, 0.1787545547865),
+        ({"alpha": 0, "beta": 1}, 1.093091797736),
+        ({"alpha": 1, "beta": 0.5, "temperature": 1}, 0.541729665682),
+    ],
+)
+def test_dkd_has_the_references_values(options: dict[str, float], golden: float) -> None:
+    assert float(sum(terms_of("dkd", S, T, **options).values())) == pytest.approx(golden, rel=1e-9)
+
+
+def test_kd_is_dkd_with_the_weight_that_the_teacher_gives_the_other_classes() -> None:
+    per_image = [dkd_terms(S[i : i + 1], T[i : i + 1], Y[i : i + 1], 4.0) for i in range(len(Y))]
+    rest = 1 - (T / 4).softmax(1)[torch.arange(len(Y)), Y]
+    total = sum(target + share * others for (target, others), share in zip(per_image, rest, strict=True)) / len(Y)
+    assert float(total) == pytest.approx(float(kd_loss(S, T, 4.0)), rel=1e-12)
+
+
+def test_dkd_warms_up_and_refuses_two_classes() -> None:
+    early, late = (sum(terms_of("dkd", S, T, progress).values()) for progress in (0.0415, 0.5))
+    assert float(early) == pytest.approx(0.5 * float(late), rel=1e-9)
+    cls = registry.load("distill", "dkd")
+    side = Side(nn.Identity(), (), 8, 2)
+    with pytest.raises(UsageError, match="ranks the classes"):
+        cls(cls.Config()).setup(side, side)
+
+
+@pytest.mark.parametrize(
+    ("options", "golden"),
+    [
+        ({"beta": 1, "gamma": 1, "temperature": 1}, 1.649166711416),
+        ({"beta": 2, "gamma": 2, "temperature": 4}, 51.50307036315),
+        ({"beta": 1, "gamma": 1, "temperature": 2}, 6.479393733733),
+    ],
+)
+def test_dist_has_the_references_values(options: dict[str, float], golden: float) -> None:
+    assert float(sum(terms_of("dist", S, T, **options).values())) == pytest.approx(golden, rel=1e-9)
+
+
+def test_dist_does_not_see_the_size_of_what_it_compares() -> None:
+    shares = torch.rand(6, 10, dtype=torch.float64)
+    assert float(pearson_distance(3 * shares + 1, shares)) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dkd", "dist"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(name: str) -> None:
+    assert all(abs(float(v)) < 1e-4 for v in terms_of(name, T, T).values())  # the epsilon of dist's denominator
+
+
+# ---------------------------------------------------------------------------------------------------------- features
+def test_attention_transfer_has_the_references_values() -> None:
+    assert float(at_loss(F4S, F4T)) == pytest.approx(0.009684838568087, rel=1e-9)
+    assert float(at_loss(F4S, F4T, 4)) == pytest.approx(0.01525436622012, rel=1e-9)
+    assert float(at_loss(F4S, FT3)) == pytest.approx(0.029106609633, rel=1e-9)
+    scale = torch.rand(2, 1, 1, 1, dtype=torch.float64) + 0.5
+    assert float(at_loss(F4S * scale, F4T)) == pytest.approx(float(at_loss(F4S, F4T)), rel=1e-9)  # maps have no size
+
+
+def test_rkd_has_the_references_value_and_does_not_see_rotation_scale_or_place() -> None:
+    distance, angle = rkd_terms(FS, FT)
+    assert float(25 * distance + 50 * angle) == pytest.approx(15.15435324779, rel=1e-6)
+    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    moved = 3 * FS @ turn + 2
+    assert all(float(v) < 1e-12 for v in rkd_terms(moved, FS))
+
+
+def test_nd_has_the_references_value() -> None:
+    means = seq(10, 8, a=0.41, b=0.3)[torch.tensor([1, 3, 5, 7, 0, 2])]
+    assert float(nd_loss(FS, FT, means)) == pytest.approx(1.036668901633, rel=1e-9)
+
+
+def test_fitnets_projectors_have_the_references_values() -> None:
+    assert float(hint_loss(F4S, F4T)) == pytest.approx(1.028064796885, rel=1e-9)
+    same = projector(Tap("s", "NCHW", 4, (6, 6)), Tap("t", "NCHW", 4, (6, 6))).double()
+    half = projector(Tap("s", "NCHW", 4, (6, 6)), Tap("t", "NCHW", 5, (3, 3))).double()
+    with torch.no_grad():
+        same[0].weight.copy_(seq(4, 4, 1, 1, a=0.21, b=0.4, k=0.5))
+        same[0].bias.copy_(seq(4, a=0.9, b=0.1, k=0.1))
+        half[0].weight.copy_(seq(5, 4, 3, 3, a=0.21, b=0.4, k=0.3))
+        half[0].bias.zero_()
+    assert float(nn.functional.mse_loss(same(F4S).relu(), F4T).detach()) == pytest.approx(0.9808425147901, rel=1e-9)
+    assert float(nn.functional.mse_loss(half(F4S).relu(), FT3).detach()) == pytest.approx(1.084339929231, rel=1e-9)
+
+
+@pytest.mark.parametrize("mine", [3, 5, 6, 7, 12, 13, 56])
+def test_a_hint_meets_the_teachers_map_whatever_the_sizes(mine: int) -> None:
+    project = projector(Tap("s", "NCHW", 4, (mine, mine)), Tap("t", "NCHW", 5, (6, 6)))
+    found = project(torch.randn(2, 4, mine, mine))
+    side = min(mine, 6) if 2 * mine != 6 else 6
+    assert found.shape == (2, 5, side, side)
+    assert bool(hint_loss(found, torch.rand(2, 5, 6, 6)).isfinite())
+
+
+def test_a_hint_is_rectified_where_the_teachers_features_are() -> None:
+    below = -torch.ones(1, 1, 2, 2)
+    assert float(hint_loss(below, torch.zeros(1, 1, 2, 2))) == 0
+    assert float(hint_loss(below, below)) == 0
+
+
+@pytest.mark.parametrize("name", ["at", "fitnet"])
+def test_methods_on_maps_refuse_tokens_and_name_the_way_out(name: str) -> None:
+    maps = Side(nn.Identity(), tuple(Tap(f"s{i}", "NCHW", 8, (4, 4)) for i in range(3)), 8, 10)
+    tokens = Side(nn.Identity(), tuple(Tap(f"b{i}", "NLC", 8, (4, 4), 1) for i in range(3)), 8, 10)
+    cls = registry.load("distill", name)
+    for student, teacher, whose in ((tokens, maps, "student"), (maps, tokens, "teacher")):
+        with pytest.raises(UsageError, match=f"the {whose} has none") as refused:
+            cls(cls.Config()).setup(student, teacher)
+        assert "ofa" in refused.value.hint
+    cls(cls.Config()).setup(maps, maps)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda f: at_loss(f, F4T),
+        lambda f: hint_loss(f, F4T),
+        lambda f: sum(rkd_terms(f.flatten(1)[:, :8].reshape(2, 8).repeat(3, 1) + FS, FT)),
+        lambda f: nd_loss(f.flatten(1)[:, :8], FT[:2], FS[:2]),
+    ],
+    ids=["at", "fitnet", "rkd", "nd"],
+)
+def test_gradients_of_features_pass_a_numeric_check(loss: object) -> None:
+    assert torch.autograd.gradcheck(loss, (F4S.clone().requires_grad_(),), eps=1e-6, atol=1e-6)
 
 
 def test_kd_is_zero_and_flat_where_the_student_is_the_teacher() -> None:
@@ -92,6 +244,7 @@ def test_the_target_weight_of_ofa_grows_with_gamma() -> None:
 
 @pytest.mark.parametrize("scale", [1e3, 1e4])
 def test_huge_logits_stay_finite_where_the_references_log_of_a_softmax_does_not(scale: float) -> None:
+    assert all(torch.isfinite(v) for v in dkd_terms((S * scale).float(), (T * scale).float(), Y, 4.0))
     assert torch.isfinite(ofa_loss((S * scale).float(), (T * scale).float(), M.float(), 1.5))
     assert torch.isfinite(kd_loss((S * scale).float(), (T * scale).float(), 1.0))
 
@@ -101,7 +254,7 @@ def test_every_distiller_gives_finite_terms_in_bf16(name: str) -> None:
     cls = registry.load("distill", name)
     distiller = cls(cls.Config())
     taps = tuple(Tap(f"layer{i + 1}", "NCHW", 4 * 2**i, (8 >> i, 8 >> i)) for i in range(4))
-    side = Side(nn.Identity(), taps, 32, 10)
+    side = Side(nn.Identity(), taps, 32, 10, class_means=torch.randn(10, 32))
     projectors = distiller.setup(side, side)
     features = tuple(torch.randn(4, t.channels, *t.grid) for t in taps)
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from edgekd.data.dataset import Dataset, build
 from edgekd.errors import Interrupted, TrainingDiverged
 from edgekd.models.spec import ModelSpec
 from edgekd.models.taps import TappedModel
-from edgekd.stages.distill import side
+from edgekd.stages.distill import class_means, side
 from edgekd.stages.quantize_train import seen
 from edgekd.tasks.classification import Classification
 from edgekd.train import checkpoint
@@ -103,6 +104,10 @@ def teach(job: Job, distiller: Any) -> None:
     teacher = net(7, width=6).eval().requires_grad_(False)
     job.distiller, job.teacher = distiller, Teacher(teacher, View(SPEC), Speed())
     here, there = side(job.model, SPEC), side(teacher, SPEC)
+    if "teacher_taps" in distiller.needs:
+        job.teacher.tapped = TappedModel(teacher, there.taps)  # type: ignore[union-attr]
+    if "class_means" in distiller.needs:
+        there = replace(there, class_means=class_means(job))
     torch.manual_seed(0)
     job.projectors = distiller.setup(here, there)
     if "taps" in distiller.needs:
