@@ -73,6 +73,7 @@ def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[
         facts["teacher_autocast"] = live.speed.autocast
     taps = "taps" in distiller.needs
     pair = side(job.model, job.spec, taps=taps), side(teacher, teacher_spec, taps=taps)
+    pair = replace(pair[0], positions=torch.from_numpy(job.dataset.split("train"))), pair[1]
     if isinstance(job.teacher, Teacher) and "teacher_taps" in distiller.needs:
         job.teacher.tapped = TappedModel(teacher, pair[1].taps)
     if "class_means" in distiller.needs:

@@ -130,6 +130,7 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     guide, guide_spec = load_model(teacher)
     tapped = "taps" in distiller.needs
     here, there = side(net, spec, taps=tapped), side(guide, guide_spec, taps=tapped)
+    here = replace(here, positions=torch.from_numpy(dataset.split("train")))
     if "class_means" in distiller.needs:
         there = replace(there, class_means=torch.zeros(len(dataset.classes), there.num_features))
     distiller.setup(here, there)

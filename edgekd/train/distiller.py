@@ -34,6 +34,7 @@ class Side:
     taps: tuple[Tap, ...]  # features by stage, shallow to deep
     num_features: int  # width of the last features
     num_classes: int
+    positions: Tensor | None = None  # of the training images, ascending: what `Batch.index` is among
     class_means: Tensor | None = None  # (classes, width) of the teacher's pooled last features, where asked for
 
 

@@ -80,6 +80,7 @@ def _teach(job: Any, method: str) -> None:
     teacher = _net(7).eval().requires_grad_(False)
     job.teacher = Teacher(teacher, View(job.spec), Speed())
     here, there = side(job.model, job.spec), side(teacher, job.spec)
+    here = replace(here, positions=torch.from_numpy(job.dataset.split("train")))
     if "teacher_taps" in job.distiller.needs:
         job.teacher.tapped = TappedModel(teacher, there.taps)
     if "class_means" in job.distiller.needs:

@@ -104,6 +104,7 @@ def teach(job: Job, distiller: Any) -> None:
     teacher = net(7, width=6).eval().requires_grad_(False)
     job.distiller, job.teacher = distiller, Teacher(teacher, View(SPEC), Speed())
     here, there = side(job.model, SPEC), side(teacher, SPEC)
+    here = replace(here, positions=torch.from_numpy(job.dataset.split("train")))
     if "teacher_taps" in distiller.needs:
         job.teacher.tapped = TappedModel(teacher, there.taps)  # type: ignore[union-attr]
     if "class_means" in distiller.needs:
