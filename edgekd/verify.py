@@ -114,7 +114,8 @@ def _check_samples(folder: Path, facts: dict[str, Any]) -> str:
 
 
 def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any], *, trusted: bool) -> str | None:
-    """Runs the sample images through the engine, or the graph by its own runtime, where its device is this machine; None for one of onnxruntime.
+    """Runs the sample images through the engine, or the graph by its own runtime, where its device is this machine; None for one of onnxruntime,
+    and where the runtime takes engines and there is none: a graph is never handed to it as one.
 
     Raises BackendError for an engine that does not fit or open, ParityBroken where its answers differ.
     """
@@ -126,6 +127,8 @@ def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any],
     if made not in registry.names("backend") or (graph and made == "onnxruntime"):  # whose answers were compared already
         return None
     backend, device = registry.load("backend", made)(), load_device(str(manifest["target"]))
+    if graph and backend.builds:
+        return None
     if (reason := backend.available()) is not None or not backend.runs_on(device):
         return f"the engine was not opened: {reason or f'{device.id} is not this machine'}"
     if not graph and not trusted:

@@ -163,6 +163,17 @@ def test_an_engine_that_nobody_vouches_for_is_not_run(
     assert "5 of 5 sample images" in result.out
 
 
+@pytest.mark.parametrize("consent", [(), ("--run-engine",)])
+def test_a_graph_is_never_handed_to_a_runtime_of_engines(
+    gpu: type[Transport], make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, consent: tuple[str, ...]
+) -> None:
+    """The manifest of a stranger may say that the graph is the engine, and a file may be both."""
+    monkeypatch.setattr(Transport, "ask", lambda *_, **__: pytest.fail("opened in a child"))
+    monkeypatch.setattr("edgekd.backends.tensorrt.TrtSession", lambda *_, **__: pytest.fail("opened"))
+    result = run_here("verify", make(file="model.onnx"), *consent, "--json")
+    assert (result.code, result.json()["engine"]) == (0, None), result.text
+
+
 # ------------------------------------------------------------------------------------------------------------ refused
 @pytest.mark.parametrize(
     ("change", "said"),
