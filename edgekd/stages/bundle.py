@@ -53,7 +53,7 @@ class Bundle:
         "parity": Kind.METRICS,
     }
     gives = Kind.BUNDLE
-    version = 5
+    version = 6
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
