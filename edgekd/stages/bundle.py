@@ -123,6 +123,7 @@ class Bundle:
                 "engine": engine_facts(engine.meta),
                 "made_on": settings.facts["machine"],
             },
+            files,
         )
         return {"model_file": model_file, "size_bytes": (folder / model_file).stat().st_size}
 
