@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import digest_of
 from edgekd.errors import BackendError, BundleRefused, FileMissing
-from edgekd.safeio.files import fsync_dir, sha256_file, write_synced
+from edgekd.safeio.files import fsync_dir, hash_and_sync, sha256_file, write_synced
 
 if TYPE_CHECKING:
     from edgekd.backends import Backend
@@ -36,14 +36,18 @@ _HINT = "do not deploy it; make it again: edgekd compress RECIPE"
 _BUILD = "build it again on the device: edgekd verify {folder} --build, or python3 build.py in it"
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Adds manifest.json: size and SHA-256 of every file of the folder, with `facts` about where it comes from."""
-    files = {p.relative_to(folder).as_posix(): _entry(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+def write_manifest(folder: Path, facts: dict[str, Any], hashed: Mapping[str, str] | None = None) -> None:
+    """Adds manifest.json: size and SHA-256 of every file of the folder, with `facts` about where it comes from. `hashed`: those known already."""
+    known = hashed or {}
+    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {n: {"size": p.stat().st_size, "sha256": known[n] if n in known else sha256_file(p)} for n, p in paths.items()}
     write_synced(folder / MANIFEST, manifest_bytes({"schema": "edgekd.bundle/1", "files": files, **facts}))
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+def _on_disk(path: Path) -> dict[str, Any]:
+    """A file's entry, when the disk has it."""
+    found = hash_and_sync(path)
+    return {"size": found.size, "sha256": found.sha256}
 
 
 def replace_built(folder: Path, new: Path, manifest: Mapping[str, Any]) -> bool:
@@ -53,7 +57,7 @@ def replace_built(folder: Path, new: Path, manifest: Mapping[str, Any]) -> bool:
     as it was. The folder itself stays, for it may be a shell's working folder, or lie behind a link.
     """
     made = [name for name in BUILT if (new / name).is_file()]
-    files = {n: e for n, e in manifest["files"].items() if n not in BUILT} | {n: _entry(new / n) for n in made}
+    files = {n: e for n, e in manifest["files"].items() if n not in BUILT} | {n: _on_disk(new / n) for n in made}
     write_synced(new / MANIFEST, manifest_bytes({**manifest, "files": files}))
     old = new / "old"
     old.mkdir()

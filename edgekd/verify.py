@@ -76,6 +76,7 @@ def rebuild(folder: Path, console: Console) -> dict[str, Any]:
     from edgekd.bundle import engine_facts, replace_built
     from edgekd.profile.device import load_device
     from edgekd.safeio.files import resource_errors
+    from edgekd.safeio.onnxfile import check_onnx
 
     manifest = verify_files(folder, rebuilding=True)
     facts, device = read_facts(folder, manifest), load_device(str(manifest["target"]))
@@ -86,6 +87,7 @@ def rebuild(folder: Path, console: Console) -> dict[str, Any]:
         )
     if (missing := backend.builds_for(device)) is not None:
         raise BackendError(missing, where=str(folder), hint="edgekd doctor")
+    check_onnx(folder / facts["model_file"])  # before a builder reads it
     build = facts["build"]
     with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch, resource_errors(folder):
         new = Path(scratch) / "new"
@@ -93,7 +95,8 @@ def rebuild(folder: Path, console: Console) -> dict[str, Any]:
         shutil.copyfile(folder / facts["model_file"], new / facts["model_file"])
         with watched(backend, console, backend.name):
             meta: dict[str, Any] = backend.convert(new / facts["model_file"], device, new, build["options"], batch=build["batch"])
-        unsigned = replace_built(folder, new, manifest | {"engine": engine_facts(meta)})
+        kept = {n: v for n, v in manifest.items() if n != "built"}  # what build.py measured was another engine
+        unsigned = replace_built(folder, new, kept | {"engine": engine_facts(meta)})
     return meta | {"unsigned": unsigned}
 
 
@@ -114,7 +117,8 @@ def _check_samples(folder: Path, facts: dict[str, Any]) -> str:
 
 
 def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any], *, trusted: bool) -> str | None:
-    """Runs the sample images through the engine, or the graph by its own runtime, where its device is this machine; None for one of onnxruntime.
+    """Runs the sample images through the engine, or the graph by its own runtime, where its device is this machine; None for one of onnxruntime,
+    and where the runtime takes engines and there is none: a graph is never handed to it as one.
 
     Raises BackendError for an engine that does not fit or open, ParityBroken where its answers differ.
     """
@@ -126,6 +130,8 @@ def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any],
     if made not in registry.names("backend") or (graph and made == "onnxruntime"):  # whose answers were compared already
         return None
     backend, device = registry.load("backend", made)(), load_device(str(manifest["target"]))
+    if graph and backend.builds:
+        return None
     if (reason := backend.available()) is not None or not backend.runs_on(device):
         return f"the engine was not opened: {reason or f'{device.id} is not this machine'}"
     if not graph and not trusted:
@@ -204,7 +210,7 @@ def verify_against(model: Path, reference: Path) -> dict[str, Any]:
     if outputs[0].shape != outputs[1].shape:
         raise OnnxRefused(f"outputs {outputs[1].shape} and {outputs[0].shape}", where=str(model), expected="two forms of one model")
     rung = f"{files[0].name} {precisions[0]} -> {files[1].name} {precisions[1]}"
-    before, after = (o.reshape(len(o), -1) for o in outputs)
+    before, after = (o.reshape(*(o.shape[:1] or (1,)), -1) for o in outputs)  # a number alone is one answer
     row = compare(rung, coarsest, before, after, None, Classification())
     found: dict[str, Any] = {"rungs": [row], "samples": len(images), "source": source, "first_break": None, "keep": []}
     if row["ok"]:

@@ -71,7 +71,9 @@ class PartialGraphs:
         engine = self.folder / f"{graph.stem}.engine"
         engine.mkdir(exist_ok=True)
         meta = self.backend.convert(graph, self.device, engine, self.config.options, batch=self.config.batch)
-        session = self.backend.open(engine / meta["model_file"], threads=self.config.threads, device=self.device)
+        session = self.backend.open(
+            engine / meta["model_file"], threads=self.config.threads, device=self.device, options=meta.get("options")
+        )
         self._judged_batch = judged_batch(meta)
         shutil.rmtree(engine)  # it is loaded; two dozen copies of a large model would fill a disk
         return session

@@ -53,7 +53,7 @@ class Bundle:
         "parity": Kind.METRICS,
     }
     gives = Kind.BUNDLE
-    version = 5
+    version = 6
     libraries = ("onnxruntime-gpu", "onnxruntime", "numpy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -123,6 +123,7 @@ class Bundle:
                 "engine": engine_facts(engine.meta),
                 "made_on": settings.facts["machine"],
             },
+            files,
         )
         return {"model_file": model_file, "size_bytes": (folder / model_file).stat().st_size}
 

@@ -161,7 +161,8 @@ class _Places:
             file = Path(name) / "showing.onnx"
             file.write_bytes(showing(model, names).SerializeToString())
             meta = backend.convert(file, device, Path(name), {}, batch=len(self.positions))
-            session = backend.open(Path(name) / meta["model_file"], threads=facts["threads"], device=device)
+            built = Path(name) / meta["model_file"]
+            session = backend.open(built, threads=facts["threads"], device=device, options=meta.get("options"))
             values = dict(zip(session.output_names, session.run(dict(feeds)), strict=True))
             session.close()
         return {n: v for n, v in values.items() if v.dtype.kind == "f"}

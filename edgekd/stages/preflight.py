@@ -176,7 +176,8 @@ def _build_all(config: Any, model: nn.Module, spec: ModelSpec, console: Console)
                         meta = backend.convert(file, device, target, place.options, batch=place.batch)
                     if place.runs:
                         few = {INPUT: images[: fixed or min(_BATCH, meta.get("max_batch") or _BATCH)]}
-                        backend.open(target / meta["model_file"], threads=place.threads, device=device).run(few)
+                        engine = target / meta["model_file"]
+                        backend.open(engine, threads=place.threads, device=device, options=meta.get("options")).run(few)
                     built.append(f"{place.backend} {name} for {place.device}")
     return built
 

@@ -176,7 +176,7 @@ class _Candidates:
         engine = self.folder / f"{graph.stem}.engine"
         engine.mkdir(exist_ok=True)
         meta = self.backend.convert(graph, self.device, engine, self.judge.options, batch=self.batch)
-        return self.backend.open(engine / meta["model_file"], threads=self.judge.threads, device=self.device)
+        return self.backend.open(engine / meta["model_file"], threads=self.judge.threads, device=self.device, options=meta.get("options"))
 
     def _feeds(self) -> dict[str, Any]:
         import numpy as np

@@ -219,7 +219,7 @@ def run(trt: Any, plan: bytes, bundle: dict[str, Any], cuda: Cuda) -> dict[str, 
     """Outputs of the sample images against the stored ones, then latency of one inference without copies."""
     logger = trt.Logger(trt.Logger.ERROR)
     runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = True  # a version-compatible engine brings its own runtime; this one was built a moment ago
+    runtime.engine_host_code_allowed = bundle["build"]["options"]["version_compatible"]  # such an engine brings its own runtime
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         sys.exit("the engine was built but does not load on this GPU")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -163,6 +164,17 @@ def test_an_engine_that_nobody_vouches_for_is_not_run(
     assert "5 of 5 sample images" in result.out
 
 
+@pytest.mark.parametrize("consent", [(), ("--run-engine",)])
+def test_a_graph_is_never_handed_to_a_runtime_of_engines(
+    gpu: type[Transport], make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, consent: tuple[str, ...]
+) -> None:
+    """The manifest of a stranger may say that the graph is the engine, and a file may be both."""
+    monkeypatch.setattr(Transport, "ask", lambda *_, **__: pytest.fail("opened in a child"))
+    monkeypatch.setattr("edgekd.backends.tensorrt.TrtSession", lambda *_, **__: pytest.fail("opened"))
+    result = run_here("verify", make(file="model.onnx"), *consent, "--json")
+    assert (result.code, result.json()["engine"]) == (0, None), result.text
+
+
 # ------------------------------------------------------------------------------------------------------------ refused
 @pytest.mark.parametrize(
     ("change", "said"),
@@ -281,6 +293,45 @@ def test_what_a_killed_build_leaves_is_named_with_the_way_to_complete_it(make: C
         verify_files(folder)
     assert f"edgekd verify {folder} --build" in refused.value.hint
     verify_files(folder, rebuilding=True)
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A builder that needs no library, and the files that it was given."""
+    given: list[str] = []
+
+    def convert(self: TensorRTForRTX, graph: Path, device: object, out: Path, *_: object, **__: object) -> dict[str, Any]:
+        given.append(graph.name)
+        (out / "model.engine").write_bytes(b"fresh")
+        return {"model_file": "model.engine", "runtime": self.name, "version": self.version(), "options": {}}
+
+    monkeypatch.setattr(TensorRTForRTX, "builds_for", lambda *_: None)
+    monkeypatch.setattr(TensorRTForRTX, "convert", convert)
+    return given
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_no_builder_reads_a_graph_that_was_not_checked(builder: list[str], make: Callable[..., Path], sound: bool) -> None:
+    folder = make(target="rtx4090", runtime="tensorrt_rtx")
+    if not sound:
+        proto = onnx.load(folder / "model.onnx")
+        proto.graph.node[0].domain = "stranger"
+        onnx.save(proto, folder / "model.onnx")
+        said = {n: v for n, v in json.loads((folder / "manifest.json").read_text()).items() if n not in ("schema", "files", "digest")}
+        (folder / "manifest.json").unlink()
+        write_manifest(folder, said)
+    result = run_here("verify", folder, "--build")
+    assert (result.code, builder) == ((0, ["model.onnx"]) if sound else (3, [])), result.text
+
+
+def test_what_build_py_measured_does_not_stand_for_another_engine(builder: list[str], make: Callable[..., Path]) -> None:
+    folder = make(target="rtx4090", runtime="tensorrt_rtx")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, {n: v for n, v in manifest.items() if n not in ("schema", "files", "digest")} | {"built": {"measured": True}})
+    assert run_here("verify", folder, "--build").code == 0
+    found = verify_files(folder)
+    assert ("built" in found, found["engine"]["runtime"], builder) == (False, "tensorrt_rtx", ["model.onnx"])
 
 
 @needs_rtx

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from edgekd.export.onnx import export_onnx
 from edgekd.profile.device import load_device
 from tests.fake_tensorrt import INPUT, LAYERS, OUTPUT, REFUSALS, on_the_cpu
 
+PACKAGE = Path(sys.modules["edgekd"].__file__ or "").parent
 JETSON, RTX = load_device("jetson-orin-nano"), load_device("rtx4090")
 X = np.full((2, 3, 16, 16), 7, np.float32)
 needs_rtx = pytest.mark.skipif(TensorRTForRTX().available() is not None, reason=str(TensorRTForRTX().available()))
@@ -67,6 +72,40 @@ def test_only_a_version_compatible_engine_may_bring_its_own_runtime(gpu: None, e
     for options in (None, {}, {"version_compatible": False}):
         with pytest.raises(BackendError, match="the engine cannot be opened"):
             TensorRT().open(engine, threads=1, device=JETSON, options=options)
+
+
+class Logger:
+    """Of a script's own."""
+
+    ERROR = 0
+
+    def __init__(self, level: int): ...
+
+
+def test_build_py_allows_host_code_to_a_version_compatible_engine_alone() -> None:
+    script = runpy.run_path(str(PACKAGE / "templates" / "build.py"))
+    for lasting in (True, False):
+        runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: None)
+        trt = SimpleNamespace(Logger=Logger, Runtime=lambda _, it=runtime: it)
+        with pytest.raises(SystemExit, match="does not load on this GPU"):
+            script["run"](trt, b"plan", {"build": {"options": {"version_compatible": lasting}}}, None)
+        assert runtime.engine_host_code_allowed is lasting
+
+
+def opened_without_options(source: str) -> list[int]:
+    """Lines that open what a backend converted and do not say how it was built; onnxruntime's graphs are not built."""
+    calls = [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "open"
+    ]
+    names = {call: {k.arg for k in call.keywords} for call in calls}
+    return [c.lineno for c in calls if "device" in names[c] and "options" not in names[c] and "onnxruntime" not in ast.unparse(c.func)]
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "stages").glob("*.py")), ids=lambda p: p.stem)
+def test_every_stage_says_how_the_engine_that_it_opens_was_built(file: Path) -> None:
+    """Else a target with version_compatible stops there: its engines may bring no host code."""
+    assert opened_without_options(file.read_text(encoding="utf-8")) == []
+    assert opened_without_options("s = backend.open(file, threads=1, device=device)") == [1]  # the check can fail
 
 
 def test_layers_have_their_times_types_precisions_and_formats(gpu: None, engine: Path) -> None:

@@ -134,6 +134,19 @@ def test_a_manifest_that_names_a_file_outside_is_refused_even_with_a_right_diges
         verify_files(copy)
 
 
+def test_a_manifest_hashes_only_what_nobody_hashed_before(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.safeio.files import sha256_file
+
+    copy, read = Path(shutil.copytree(bundle, tmp_path / "b")), []
+    before = (copy / MANIFEST).read_bytes()
+    (copy / MANIFEST).unlink()
+    known = {p.name: sha256_file(p) for p in copy.iterdir() if p.is_file()}
+    monkeypatch.setattr("edgekd.bundle.sha256_file", lambda path: read.append(path.name) or sha256_file(path))
+    write_manifest(copy, {"recipe": "r", "target": "host", "metrics": {"top1": 0.5}}, known)
+    assert read == ["notes.md"]
+    assert (copy / MANIFEST).read_bytes() == before
+
+
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(FileMissing, match="no bundle"):
         verify_files(tmp_path)
