@@ -17,6 +17,7 @@ from edgekd.distill.kd import kd_loss
 from edgekd.distill.nd import nd_loss
 from edgekd.distill.ofa import ofa_loss
 from edgekd.distill.rkd import rkd_terms
+from edgekd.distill.rsd import rsd_loss
 from edgekd.errors import UsageError
 from edgekd.models.projectors import SepConv, ofa_branches
 from edgekd.models.taps import Tap
@@ -176,6 +177,11 @@ def test_nd_has_the_references_value() -> None:
     assert float(nd_loss(FS, FT, means)) == pytest.approx(1.036668901633, rel=1e-9)
 
 
+def test_rsd_has_the_references_value_and_does_not_see_scale_or_place() -> None:
+    assert float(rsd_loss(FS, FT, 0.01)) == pytest.approx(6.570289736513, rel=1e-9)
+    assert float(rsd_loss(5 * FS + 1, FT, 0.01)) == pytest.approx(float(rsd_loss(FS, FT, 0.01)), rel=1e-4)  # the epsilon of the deviation
+
+
 def test_crds_contrast_has_the_references_value() -> None:
     out = (seq(4, 17, a=0.61, b=0.2) * 0.5 + 0.6) / 1000
     assert float(contrast(out, 50_000)) == pytest.approx(16.58191552649, rel=1e-9)
@@ -246,8 +252,9 @@ def test_methods_on_maps_refuse_tokens_and_name_the_way_out(name: str) -> None:
         lambda f: hint_loss(f, F4T),
         lambda f: sum(rkd_terms(f.flatten(1)[:, :8].reshape(2, 8).repeat(3, 1) + FS, FT)),
         lambda f: nd_loss(f.flatten(1)[:, :8], FT[:2], FS[:2]),
+        lambda f: rsd_loss(f.flatten(1)[:, :48].reshape(12, 8)[:6] + FS, FT, 0.01),
     ],
-    ids=["at", "fitnet", "rkd", "nd"],
+    ids=["at", "fitnet", "rkd", "nd", "rsd"],
 )
 def test_gradients_of_features_pass_a_numeric_check(loss: object) -> None:
     assert torch.autograd.gradcheck(loss, (F4S.clone().requires_grad_(),), eps=1e-6, atol=1e-6)
