@@ -88,7 +88,8 @@ class CRD:
         with torch.no_grad():
             for name, new in (("student_memory", mine), ("teacher_memory", its)):
                 memory = getattr(parts, name)
-                memory[rows] = F.normalize(cfg.memory_momentum * memory[rows] + (1 - cfg.memory_momentum) * new, dim=1)
+                kept = F.normalize(cfg.memory_momentum * memory[rows] + (1 - cfg.memory_momentum) * new, dim=1)
+                setattr(parts, name, memory.index_copy(0, rows, kept))  # not in place: the backward pass reads what the scores were made of
         return {"crd": cfg.weight * loss}
 
     def _contrast(self, embedding: Tensor, name: str, places: Tensor) -> Tensor:
