@@ -1,5 +1,5 @@
 # make quickstart   installs what is missing and compresses the built-in example
-# make test         installs what is missing and runs the default test suite (some 7 minutes on 2 cores)
+# make test         installs what is missing and runs the default test suite (some 12 minutes on 2 cores)
 # make test-full    also the long tiers
 # make dev          every extra and developer tool in the same environment
 PYTHON ?= python3
