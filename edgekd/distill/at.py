@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from edgekd.distill._pairs import assert_maps, stage_pairs
+from edgekd.distill._pairs import stage_pairs
 from edgekd.registry import register
 from edgekd.train.distiller import Batch, DistillConfig, Side
 
@@ -47,20 +47,20 @@ class AT:
         even: bool = Field(True, description="a stage counts alike at any resolution; off, as in the source, larger maps count less")
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "taps", "teacher_taps"})
+    pairs: ClassVar[frozenset[tuple[str, str]]] = frozenset({("cnn", "cnn")})  # what a position means differs between families
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):
         self.config = config
-        self.pairs: list[tuple[int, int]] = []
+        self.stages: list[tuple[int, int]] = []
 
     def setup(self, student: Side, teacher: Side) -> None:
         """Pairs the stages; nothing is projected."""
-        assert_maps("at", student, teacher)
-        self.pairs = stage_pairs(student, teacher)
+        self.stages = stage_pairs(student, teacher)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         terms = {}
-        for mine, its in self.pairs:
+        for mine, its in self.stages:
             student, teacher = batch.student.taps[mine], batch.teacher.taps[its]
             positions = min(student.shape[-2] * student.shape[-1], teacher.shape[-2] * teacher.shape[-1])
             scale = positions / _POSITIONS if self.config.even else 1.0

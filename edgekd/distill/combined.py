@@ -76,6 +76,9 @@ class Combined:
         self.config, self.parts = config, dict(zip(config.names, config.parts(), strict=True))
         self.needs = frozenset[str]().union(*(p.needs for p in self.parts.values()))  # type: ignore[misc]
         self.co_trains = any(p.co_trains for p in self.parts.values())  # type: ignore[misc]
+        asked = [pairs for p in self.parts.values() if (pairs := getattr(p, "pairs", None))]
+        if asked:
+            self.pairs = frozenset.intersection(*asked)
         if "label_weight" not in config.model_fields_set:
             first = next(iter(self.parts.values()))
             self.config = config.model_copy(update={"label_weight": first.config.label_weight})

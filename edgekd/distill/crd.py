@@ -19,8 +19,6 @@ from edgekd.train.distiller import Batch, DistillConfig, Side
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from edgekd.models.taps import Tap
-
 _EPS = 1e-7
 
 
@@ -43,26 +41,25 @@ class CRD:
         temperature: float = Field(0.07, gt=0, le=10, description="of the scores")
         memory_momentum: float = Field(0.5, ge=0, lt=1, description="of what the memories hold")
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits", "taps", "teacher_taps"})
+    needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):
         self.config = config
-        self.taps: tuple[Tap, Tap] | None = None
         self.positions: Tensor | None = None
         self.parts: Any = None
 
     def setup(self, student: Side, teacher: Side) -> nn.Module:
-        """Linear embeddings of the pooled last features, and memories that are checkpointed with them."""
+        """Linear layers on the embeddings, and memories that are checkpointed with them."""
         import torch  # torch stays out of the CLI's start
         from torch import nn
 
         if student.positions is None:
             raise UsageError("crd remembers every training image, and their number is not known", where="crd")
-        self.taps, self.positions = (student.taps[-1], teacher.taps[-1]), student.positions
+        self.positions = student.positions
         images, width = len(student.positions), self.config.width
         parts = nn.Module()
-        parts.student, parts.teacher = (nn.Linear(tap.channels, width) for tap in self.taps)
+        parts.student, parts.teacher = (nn.Linear(side.embedding, width) for side in (student, teacher))
         bound = (width / 3) ** -0.5
         for name in ("student_memory", "teacher_memory"):
             parts.register_buffer(name, torch.rand(images, width) * 2 * bound - bound)
@@ -74,16 +71,17 @@ class CRD:
         import torch
         from torch.nn import functional as F
 
-        from edgekd.models.taps import pooled
-
-        if self.taps is None or self.positions is None:
+        if self.positions is None:
             raise RuntimeError("setup comes first")
         cfg, parts, images = self.config, self.parts, len(self.positions)
-        rows = torch.searchsorted(self.positions, batch.index.cpu()).to(batch.target.device)
-        mine = F.normalize(parts.student(pooled(batch.student.taps[-1], self.taps[0])).float(), dim=1)
-        its = F.normalize(parts.teacher(pooled(batch.teacher.taps[-1], self.taps[1])).float(), dim=1)
-        drawn = torch.randint(images, (len(rows), min(cfg.negatives, max(images - 1, 1))), device=rows.device)
-        places = torch.cat([rows[:, None], drawn], dim=1)
+        own = torch.searchsorted(self.positions, batch.index.cpu())
+        # on the CPU, from the step's seed: the same on every device, and again after a resume
+        drawn = torch.randint(images, (len(own), min(cfg.negatives, max(images - 1, 1))))
+        places = torch.cat([own[:, None], drawn], dim=1).to(batch.target.device)
+        rows = places[:, 0]
+        mine, its = (
+            F.normalize(layer(e).float(), dim=1) for layer, e in zip((parts.student, parts.teacher), batch.embeddings, strict=True)
+        )
         loss = self._contrast(mine, "teacher_memory", places) + self._contrast(its, "student_memory", places)
         with torch.no_grad():
             for name, new in (("student_memory", mine), ("teacher_memory", its)):

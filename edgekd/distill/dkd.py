@@ -64,7 +64,6 @@ class DKD:
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         cfg = self.config
         # mixed labels count as their larger part
-        hard = batch.target if batch.target.ndim == 1 else batch.target.argmax(1)
-        of_target, of_rest = dkd_terms(batch.student.logits, batch.teacher.logits, hard, cfg.temperature)
+        of_target, of_rest = dkd_terms(batch.student.logits, batch.teacher.logits, batch.hard_target, cfg.temperature)
         share = min(batch.progress / cfg.warmup, 1.0) if cfg.warmup else 1.0
         return {"target": share * cfg.alpha * of_target, "rest": share * cfg.beta * of_rest}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from edgekd.distill._pairs import assert_maps, stage_pairs
+from edgekd.distill._pairs import stage_pairs
 from edgekd.errors import UsageError
 from edgekd.registry import register
 from edgekd.train.distiller import Batch, DistillConfig, Side
@@ -61,6 +61,7 @@ class FitNet:
         stage: int = Field(2, ge=1, le=4, description="which of the stages that both models have, from the shallowest; 2 in the source")
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "taps", "teacher_taps"})
+    pairs: ClassVar[frozenset[tuple[str, str]]] = frozenset({("cnn", "cnn")})  # what a position means differs between families
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):
@@ -70,7 +71,6 @@ class FitNet:
 
     def setup(self, student: Side, teacher: Side) -> nn.Module:
         """The projector from the student's map to the teacher's."""
-        assert_maps("fitnet", student, teacher)
         pairs = stage_pairs(student, teacher)
         if self.config.stage > len(pairs):
             raise UsageError(f"the models share {len(pairs)} stages", where="stage", expected=f"1 to {len(pairs)}")

@@ -1,4 +1,4 @@
-"""Norm and direction (KD++): the student's features point where the teacher's class means do, and are as long as the teacher's.
+"""Norm and direction (KD++): the student's embeddings point where the teacher's class means do, and are as long as the teacher's.
 
 When: beside a method on logits: `method: [kd, {nd: {weight: 2}}]`. Cost: one forward pass of the teacher, and one over the training images before the first epoch.
 Source: Wang et al. 2023, "Improving Knowledge Distillation via Regularizing Feature Norm and Direction" (arXiv 2305.17007), equation 8; the projector where
@@ -17,8 +17,6 @@ from edgekd.train.distiller import Batch, DistillConfig, Side
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from edgekd.models.taps import Tap
-
 
 def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
     """Mean over the batch of 1 - (s . e) / max(|s|, |t|); features (batch, d), and the class mean (batch, d) of each image, of which e has the direction."""
@@ -32,18 +30,17 @@ def nd_loss(student: Tensor, teacher: Tensor, means: Tensor) -> Tensor:
 
 @register("distill")
 class ND:
-    """Norm and direction of the pooled last features."""
+    """Norm and direction of the embeddings."""
 
     class Config(DistillConfig):
         weight: float = Field(2.0, ge=0, description="weight of the term; 0.5 to 2 in the source, most for small students")
         dropout: float = Field(0.5, ge=0, lt=1, description="of the projector, where the widths of the features differ")
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits", "taps", "teacher_taps", "class_means"})
+    needs: ClassVar[frozenset[str]] = frozenset({"embedding", "class_means"})
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):
         self.config = config
-        self.taps: tuple[Tap, Tap] | None = None
         self.project: nn.Module | None = None
         self.means: Tensor | None = None
 
@@ -51,18 +48,15 @@ class ND:
         """Batch norm, dropout and a linear layer to the teacher's width, where the student has another."""
         from torch import nn
 
-        self.taps, self.means = (student.taps[-1], teacher.taps[-1]), teacher.class_means
-        mine, its = (tap.channels for tap in self.taps)
+        self.means, mine, its = teacher.class_means, student.embedding, teacher.embedding
         if mine != its:
             self.project = nn.Sequential(nn.BatchNorm1d(mine), nn.Dropout(self.config.dropout), nn.Linear(mine, its))
         return self.project
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        from edgekd.models.taps import pooled
-
-        if self.taps is None or self.means is None:
+        if self.means is None:
             raise RuntimeError("setup comes first")
-        mine, its = pooled(batch.student.taps[-1], self.taps[0]), pooled(batch.teacher.taps[-1], self.taps[1])
+        mine, its = batch.embeddings
+        self.means = self.means.to(its.device)  # moved once
         mine = self.project(mine) if self.project is not None else mine
-        hard = batch.target if batch.target.ndim == 1 else batch.target.argmax(1)  # mixed labels count as their larger part
-        return {"nd": self.config.weight * nd_loss(mine, its, self.means.to(mine.dtype)[hard])}
+        return {"nd": self.config.weight * nd_loss(mine, its, self.means.to(mine.dtype)[batch.hard_target])}

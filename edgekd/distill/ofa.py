@@ -63,10 +63,7 @@ class OFA:
         from torch.nn import functional as F
 
         cfg, teacher = self.config, batch.teacher.logits
-        hard = (
-            batch.target if batch.target.ndim == 1 else batch.target.argmax(1)
-        )  # mixed labels count as their larger part, as in the source
-        mask = F.one_hot(hard, teacher.shape[1]).to(teacher.dtype)
+        mask = F.one_hot(batch.hard_target, teacher.shape[1]).to(teacher.dtype)
         own = ofa_loss(batch.student.logits, teacher, mask, cfg.gamma, cfg.temperature)
         terms = {"logits": cfg.logit_weight * own}
         for tap, branch in (self.branches or {}).items():

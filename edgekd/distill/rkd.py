@@ -17,8 +17,6 @@ from edgekd.train.distiller import Batch, DistillConfig, Side
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgekd.models.taps import Tap
-
 _EPS = 1e-12
 
 
@@ -49,28 +47,21 @@ def rkd_terms(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 @register("distill")
 class RKD:
-    """Distances and angles of the pooled last features."""
+    """Distances and angles of the embeddings."""
 
     class Config(DistillConfig):
         distance: float = Field(25.0, ge=0, description="weight of the distances")
         angle: float = Field(50.0, ge=0, description="weight of the angles")
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits", "taps", "teacher_taps"})
+    needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):
         self.config = config
-        self.taps: tuple[Tap, Tap] | None = None
 
     def setup(self, student: Side, teacher: Side) -> None:
         """RKD has no projector: relations need no common width."""
-        self.taps = student.taps[-1], teacher.taps[-1]
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        from edgekd.models.taps import pooled
-
-        if self.taps is None:
-            raise RuntimeError("setup comes first")
-        mine, its = pooled(batch.student.taps[-1], self.taps[0]), pooled(batch.teacher.taps[-1], self.taps[1])
-        distance, angle = rkd_terms(mine, its)
+        distance, angle = rkd_terms(*batch.embeddings)
         return {"distance": self.config.distance * distance, "angle": self.config.angle * angle}

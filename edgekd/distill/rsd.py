@@ -1,4 +1,4 @@
-"""Redundancy suppression: each dimension of the student's projected features correlates with its own of the teacher's, and with no other.
+"""Redundancy suppression: each dimension of the student's projected embedding correlates with its own of the teacher's, and with no other.
 
 When: teacher and student of different families; the simplest method made for that, without logits or stages. Cost: one forward pass of the teacher and two
 linear layers, dropped after training.
@@ -17,8 +17,6 @@ from edgekd.train.distiller import Batch, DistillConfig, Side
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from edgekd.models.taps import Tap
-
 
 def rsd_loss(student: Tensor, teacher: Tensor, kappa: float) -> Tensor:
     """Sum of (R - I)^2, what is off the diagonal times kappa, of the correlations R over the batch; both are (batch, width)."""
@@ -34,36 +32,31 @@ def rsd_loss(student: Tensor, teacher: Tensor, kappa: float) -> Tensor:
 
 @register("distill")
 class RSD:
-    """Redundancy suppression on the pooled last features."""
+    """Redundancy suppression of the embeddings."""
 
     class Config(DistillConfig):
         weight: float = Field(0.1, ge=0, description="weight of the term")
         kappa: float = Field(0.01, ge=0, le=1, description="weight of correlations between different dimensions")
-        expansion: int = Field(2, ge=1, le=16, description="hidden width of the projector, in widths of the student's features")
+        expansion: int = Field(2, ge=1, le=16, description="hidden width of the projector, in widths of the student's embedding")
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits", "taps", "teacher_taps"})
+    needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):
         self.config = config
-        self.taps: tuple[Tap, Tap] | None = None
         self.project: nn.Module | None = None
 
     def setup(self, student: Side, teacher: Side) -> nn.Module:
         """Two linear layers to the teacher's width: they keep the objective off the student's own features."""
         from torch import nn
 
-        self.taps = student.taps[-1], teacher.taps[-1]
-        mine, its = (tap.channels for tap in self.taps)
-        hidden = mine * self.config.expansion
-        first, last = nn.Linear(mine, hidden, bias=False), nn.Linear(hidden, its, bias=False)
+        hidden = student.embedding * self.config.expansion
+        first, last = nn.Linear(student.embedding, hidden, bias=False), nn.Linear(hidden, teacher.embedding, bias=False)
         self.project = nn.Sequential(first, nn.BatchNorm1d(hidden), nn.GELU(), last)
         return self.project
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        from edgekd.models.taps import pooled
-
-        if self.taps is None or self.project is None:
+        if self.project is None:
             raise RuntimeError("setup comes first")
-        mine = self.project(pooled(batch.student.taps[-1], self.taps[0]))
-        return {"rsd": self.config.weight * rsd_loss(mine.float(), pooled(batch.teacher.taps[-1], self.taps[1]), self.config.kappa)}
+        mine, its = batch.embeddings
+        return {"rsd": self.config.weight * rsd_loss(self.project(mine).float(), its, self.config.kappa)}

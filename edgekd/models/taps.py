@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from edgekd.errors import UsageError
 
 STAGES = 4
 # Block boundaries of a uniform network: those of a 2-2-6-2 hierarchy, which gives blocks 1, 3, 9 and 11 of twelve (OFA's taps).
@@ -31,18 +33,29 @@ class Tap:
     prefix: int = 0  # class and register tokens before the patch tokens
 
 
-class TappedModel:
-    """Runs a model once and returns logits and the features at its taps."""
+class Seen(NamedTuple):
+    """What one run of a tapped model gave."""
 
-    def __init__(self, model: nn.Module, taps: tuple[Tap, ...]):
-        self.model, self.taps, self._seen = model, taps, {}  # type: ignore[var-annotated]
+    logits: Tensor
+    taps: tuple[Tensor, ...]
+    embedding: Tensor | None  # (batch, width), what the classifier reads
+
+
+class TappedModel:
+    """Runs a model once and returns logits, the features at its taps and, where its classifier is named, what that reads."""
+
+    def __init__(self, model: nn.Module, taps: tuple[Tap, ...], classifier: str | None = None):
+        self.model, self.taps, self._seen, self._read = model, taps, {}, []  # type: ignore[var-annotated]
         modules = dict(model.named_modules())
         self._handles = [modules[t.module].register_forward_hook(self._keep(t.module)) for t in taps]
+        if classifier is not None:
+            self._handles.append(modules[classifier].register_forward_pre_hook(self._read_by_classifier))
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def __call__(self, images: Tensor) -> Seen:
         self._seen.clear()
+        self._read.clear()
         logits = self.model(images)
-        return logits, tuple(self._seen[t.module] for t in self.taps)
+        return Seen(logits, tuple(self._seen[t.module] for t in self.taps), self._read[-1] if self._read else None)
 
     def close(self) -> None:
         """Removes the hooks; the model is as it was."""
@@ -54,6 +67,9 @@ class TappedModel:
             self._seen[name] = output
 
         return hook
+
+    def _read_by_classifier(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._read.append(inputs[0].flatten(1))
 
 
 def stage_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
@@ -71,13 +87,47 @@ def stage_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
     return tuple((last if len(last) >= STAGES else taps)[-STAGES:])
 
 
-def pooled(features: Tensor, tap: Tap) -> Tensor:
-    """One vector an image (batch, channels): the mean over positions, or the class token where there is one."""
+def classifier_of(model: nn.Module, image_size: int, classes: int) -> tuple[str, int]:
+    """Name and input width of the layer that gives the logits: the last linear one, or convolution of one position, with as many outputs as classes.
+
+    Raises UsageError for a model that ends in anything else.
+    """
+    ran: list[tuple[str, int]] = []
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.shape[1:].numel() == output.shape[1] == classes and inputs[0].shape[1:].numel() == inputs[0].shape[1]:
+                ran.append((name, inputs[0].shape[1]))
+
+        return hook
+
+    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if n and isinstance(m, nn.Linear | nn.Conv2d)]
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran:
+        raise UsageError(
+            f"{type(model).__name__} does not end in a linear classifier, so there is no embedding to compare",
+            hint="methods that compare logits only: kd, dkd, dist",
+        )
+    return ran[-1]
+
+
+def patch_tokens(features: Tensor, tap: Tap) -> Tensor:
+    """Features of any layout as (batch, positions, channels), row by row, without class and register tokens."""
     if tap.layout == "NCHW":
-        return features.mean((2, 3))
-    if tap.layout == "NHWC":
-        return features.mean((1, 2))
-    return features[:, 0] if tap.prefix else features.mean(1)
+        return features.flatten(2).transpose(1, 2)
+    return features.flatten(1, 2) if tap.layout == "NHWC" else features[:, tap.prefix :]
+
+
+def feature_map(features: Tensor, tap: Tap) -> Tensor:
+    """Features of any layout as (batch, channels, height, width), without class and register tokens."""
+    if tap.layout == "NCHW":
+        return features
+    return patch_tokens(features, tap).transpose(1, 2).reshape(len(features), tap.channels, *tap.grid)
 
 
 def family(taps: tuple[Tap, ...], model: nn.Module) -> str:

@@ -113,34 +113,27 @@ def _named(stage: str) -> Iterator[None]:
 def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset, task: Task) -> None:
     """One batch: every term and every gradient must be finite."""
     import copy
-    from dataclasses import replace
 
     import torch
 
     from edgekd.data.augment import to_float
     from edgekd.models.build import load_model
-    from edgekd.models.taps import TappedModel
-    from edgekd.stages.distill import side
     from edgekd.train.distiller import Batch, Outputs
+    from edgekd.train.pair import wire
     from edgekd.train.views import View
 
     cls = registry.load("distill", str(probe.method))
     distiller = cls(cls.Config(**probe.config))
     net = copy.deepcopy(student).train()
     guide, guide_spec = load_model(teacher)
-    tapped = "taps" in distiller.needs
-    here, there = side(net, spec, taps=tapped), side(guide, guide_spec, taps=tapped)
-    here = replace(here, positions=torch.from_numpy(dataset.split("train")))
-    if "class_means" in distiller.needs:
-        there = replace(there, class_means=torch.zeros(len(dataset.classes), there.num_features))
-    distiller.setup(here, there)
-    positions = dataset.split("train")[:_BATCH]
+    view, positions = View(guide_spec), dataset.split("train")[:_BATCH]
+    wired = wire(distiller, (net, spec), (guide, guide_spec), view, dataset, positions, seed=0)
     images = to_float(torch.from_numpy(dataset.images(positions)))
     with torch.no_grad():
-        answer = Outputs(*TappedModel(guide, there.taps)(View(guide_spec)(images)))
-    logits, taps = TappedModel(net, here.taps)(View(spec)(images))
+        answer = Outputs.of(*wired.teacher(view(images)))
+    given = Outputs.of(*wired.student(View(spec)(images)))
     target = task.collate(dataset.labels[positions], len(dataset.classes))
-    terms = distiller.terms(Batch(Outputs(logits, taps), answer, target, torch.from_numpy(positions), 0.0))
+    terms = distiller.terms(Batch(given, answer, target, torch.from_numpy(positions), 0.0))
     for name, term in terms.items():
         if not bool(term.isfinite()):
             raise TrainingDiverged(f"loss term '{name}' is {float(term)} on the first batch", expected="a finite term")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from edgekd.models.taps import Tap
 
 
-# What a method may ask to have computed: both models' logits; the student's features, or the teacher's too, at their taps; the models themselves; the mean of
-# the teacher's last features over each class of the training images.
-NEEDS = frozenset({"logits", "taps", "teacher_taps", "modules", "class_means"})
+# What a method may ask to have computed. taps: the student's features by stage; teacher_taps: the teacher's; embedding: what both classifiers read;
+# class_means: the teacher's mean embedding of each class; modules: layers of the teacher that the method runs itself.
+NEEDS = frozenset({"logits", "taps", "teacher_taps", "embedding", "class_means", "modules"})
 
 
 class DistillConfig(Config):
@@ -34,17 +34,29 @@ class Side:
     taps: tuple[Tap, ...]  # features by stage, shallow to deep
     num_features: int  # width of the last features
     num_classes: int
+    classifier: str | None = None  # name of the layer that gives the logits, where the embedding is asked for
+    embedding: int = 0  # width of what it reads
     positions: Tensor | None = None  # of the training images, ascending: what `Batch.index` is among
-    class_means: Tensor | None = None  # (classes, width) of the teacher's pooled last features, where asked for
+    class_means: Tensor | None = None  # (classes, embedding) of the teacher, where asked for; zeros for a class without images
 
 
 @dataclass
 class Outputs:
-    """What one model gave for a batch: logits (batch, classes) and, where asked for, the features at its taps."""
+    """What one model gave for a batch: logits (batch, classes) and, where asked for, the features at its taps and (batch, width) embeddings."""
 
     logits: Tensor
     taps: tuple[Tensor, ...] = ()
+    embedding: Tensor | None = None  # what the classifier reads
     probabilities: Tensor | None = None  # an unbiased estimate of the tempered softmax, where that is all that was kept of an answer
+
+    @classmethod
+    def of(cls, logits: Tensor, taps: tuple[Tensor, ...] = (), embedding: Tensor | None = None, *, copy: bool = False) -> Outputs:
+        """What a model gave, in fp32; `copy`: in memory of its own."""
+
+        def plain(tensor: Tensor) -> Tensor:
+            return tensor.float().clone() if copy else tensor.float()
+
+        return cls(plain(logits), tuple(plain(t) for t in taps), None if embedding is None else plain(embedding))
 
 
 @dataclass
@@ -57,6 +69,19 @@ class Batch:
     index: Tensor  # (batch,) sample positions in the dataset
     progress: float  # 0 at the first step, 1 at the last
 
+    @property
+    def hard_target(self) -> Tensor:
+        """(batch,) class ids; mixed labels count as their larger part, as in the sources."""
+        return self.target if self.target.ndim == 1 else self.target.argmax(1)
+
+    @property
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """(student's, teacher's), for a method that needs them."""
+        mine, its = self.student.embedding, self.teacher.embedding
+        if mine is None or its is None:
+            raise ValueError("the distiller reads embeddings and does not name them in `needs`")
+        return mine, its
+
 
 class Distiller(Protocol):
     """A distillation method: one file of `edgekd/distill`, registered with `@register("distill")`."""
@@ -66,7 +91,8 @@ class Distiller(Protocol):
     co_trains: ClassVar[bool]  # True: updates the teacher or peers as well
 
     config: Any  # an instance of Config
-    # One more, which a method may leave out: `linear_at: float`, the temperature at which it uses nothing of the teacher but its probabilities, and
+    # Two more, which a method may leave out. `pairs: ClassVar[frozenset[tuple[str, str]]]`: the families of (teacher, student) that it is made for, out of
+    # cnn, vit, swin and mlp; without it, any. `linear_at: float`, the temperature at which it uses nothing of the teacher but its probabilities, and
     # these linearly, so that an unbiased sample of them (`Outputs.probabilities`) gives the same gradient on average.
 
     def __init__(self, config: Any) -> None: ...

@@ -65,9 +65,8 @@ class Teacher:
         """Outputs for images in [0, 1]; fp32 whatever the autocast. `index` and `epoch` are for teachers whose answers are kept."""
         kind = images.device.type
         with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.speed.autocast):
-            logits, taps = self.tapped(self.view(images)) if self.tapped else (self.model(self.view(images)), ())
-        # Clones are ordinary tensors: inference tensors cannot be saved for the student's backward pass.
-        return Outputs(logits.float().clone(), tuple(t.float().clone() for t in taps))
+            seen = self.tapped(self.view(images)) if self.tapped else (self.model(self.view(images)),)
+        return Outputs.of(*seen, copy=True)  # ordinary tensors: inference tensors cannot be saved for the student's backward pass
 
 
 @dataclass
@@ -220,8 +219,8 @@ class _Run:
         if mixed is not None:
             pixels, target = mixed.images, job.task.mix(target, target[mixed.partner], mixed.share, classes)
         with torch.autocast(torch.device(job.device).type, torch.bfloat16, enabled=job.speed.autocast):
-            logits, taps = job.tapped(self.view(pixels)) if job.tapped else (self.model(self.view(pixels)), ())
-        student = Outputs(logits.float(), tuple(t.float() for t in taps))
+            seen = job.tapped(self.view(pixels)) if job.tapped else (self.model(self.view(pixels)),)
+        student = Outputs.of(*seen)
         terms = {"label": job.label_weight * job.task.label_loss(student.logits, target, cfg.label_smoothing)}
         if job.distiller is not None and job.teacher is not None:
             progress = self.step / max(self.total - 1, 1)

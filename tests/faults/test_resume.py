@@ -65,30 +65,13 @@ def _net(seed: int) -> Any:
 
 
 def _teach(job: Any, method: str) -> None:
-    from dataclasses import replace
-
-    import torch
-
     from edgekd import registry
-    from edgekd.models.taps import TappedModel
-    from edgekd.stages.distill import class_means, side
     from edgekd.train.loop import Speed, Teacher
+    from edgekd.train.pair import teach
     from edgekd.train.views import View
 
-    cls = registry.load("distill", method)
-    job.distiller = cls(cls.Config())
-    teacher = _net(7).eval().requires_grad_(False)
-    job.teacher = Teacher(teacher, View(job.spec), Speed())
-    here, there = side(job.model, job.spec), side(teacher, job.spec)
-    here = replace(here, positions=torch.from_numpy(job.dataset.split("train")))
-    if "teacher_taps" in job.distiller.needs:
-        job.teacher.tapped = TappedModel(teacher, there.taps)
-    if "class_means" in job.distiller.needs:
-        there = replace(there, class_means=class_means(job))
-    torch.manual_seed(0)
-    job.projectors = job.distiller.setup(here, there)
-    if "taps" in job.distiller.needs:
-        job.tapped = TappedModel(job.model, here.taps)
+    cls, teacher = registry.load("distill", method), _net(7).eval().requires_grad_(False)
+    teach(job, cls(cls.Config()), Teacher(teacher, View(job.spec), Speed()), teacher, job.spec)
 
 
 def _teller(told: int) -> Any:

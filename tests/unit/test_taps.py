@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from edgekd.api import run_code
 from edgekd.errors import UsageError
 from edgekd.models.projectors import PatchMerging, ofa_branches
-from edgekd.models.taps import Tap, TappedModel, family, stage_taps
+from edgekd.models.taps import Tap, TappedModel, classifier_of, family, feature_map, patch_tokens, stage_taps
 from edgekd.prune._cut import prune_model
 from edgekd.prune.l1 import L1
 from edgekd.shipped import shipped_dir
@@ -83,11 +84,49 @@ def test_the_tapped_model_answers_as_the_model_and_its_features_have_the_stated_
     taps, images = stage_taps(model, size), torch.randn(3, 3, size, size)
     tapped = TappedModel(model, taps)
     with torch.no_grad():
-        logits, features = tapped(images)
+        logits, features, _ = tapped(images)
         assert [tuple(f.shape) for f in features] == [shape(t, 3) for t in taps]
         tapped.close()
         assert torch.equal(logits, model(images))
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_the_embedding_is_what_the_classifier_reads(arch: str) -> None:
+    model, size = model_of(arch), FAMILIES[arch][1]
+    name, width = classifier_of(model, size, 10)
+    tapped = TappedModel(model, (), name)
+    with torch.no_grad():
+        logits, taps, embedding = tapped(torch.randn(3, 3, size, size))
+        assert (tuple(embedding.shape), taps) == ((3, width), ())
+        own = model.get_submodule(name)(embedding)
+    tapped.close()
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == 0
+    if arch.startswith("deit"):  # its answer is the mean of two classifiers
+        assert name == "head_dist"
+    else:
+        assert torch.equal(own, logits)
+
+
+def test_a_model_without_a_linear_classifier_has_no_embedding() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(UsageError, match="does not end in a linear classifier") as caught:
+        classifier_of(model, 8, 10)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("arch", ["resnet10t", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224"])
+def test_features_of_every_layout_are_read_by_position(arch: str) -> None:
+    model, size = model_of(arch), FAMILIES[arch][1]
+    tap = stage_taps(model, size)[-1]
+    features = torch.arange(math.prod(shape(tap, 2))).reshape(shape(tap, 2))
+    (h, w), b = tap.grid, 1
+    tokens, image = patch_tokens(features, tap), feature_map(features, tap)
+    assert (tokens.shape, image.shape) == ((2, h * w, tap.channels), (2, tap.channels, h, w))
+    for i, j in ((0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1)):
+        at = {"NCHW": (b, slice(None), i, j), "NHWC": (b, i, j), "NLC": (b, tap.prefix + i * w + j)}[tap.layout]
+        assert torch.equal(tokens[b, i * w + j], features[at])
+        assert torch.equal(image[b, :, i, j], features[at])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +145,7 @@ def test_a_pruned_model_is_tapped_with_the_widths_that_it_has() -> None:
     assert [t.module for t in after] == [t.module for t in before]
     assert all(a.channels < b.channels for a, b in zip(after, before, strict=True))
     with torch.no_grad():
-        _, features = TappedModel(model, after)(torch.randn(2, 3, 32, 32))
+        _, features, _ = TappedModel(model, after)(torch.randn(2, 3, 32, 32))
     assert [tuple(f.shape) for f in features] == [shape(t, 2) for t in after]
 
 
@@ -117,7 +156,7 @@ def test_ofa_branches_of_each_family_learn_and_pass_gradients_to_the_student(arc
     branches = ofa_branches(taps, family(taps, model), (taps[-1].channels, 96), classes, (1, 2, 3, 4))
     assert len(branches) == len(taps)
     tapped = TappedModel(model, taps)
-    _, features = tapped(torch.randn(2, 3, size, size))
+    _, features, _ = tapped(torch.randn(2, 3, size, size))
     answers = [branches[i](features[int(i)]) for i in branches]
     tapped.close()
     assert [tuple(a.shape) for a in answers] == [(2, classes)] * len(taps)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,13 @@ from edgekd.data.config import AugmentConfig, DataConfig
 from edgekd.data.dataset import Dataset, build
 from edgekd.errors import Interrupted, TrainingDiverged
 from edgekd.models.spec import ModelSpec
-from edgekd.models.taps import TappedModel
-from edgekd.stages.distill import class_means, side
 from edgekd.stages.quantize_train import seen
 from edgekd.tasks.classification import Classification
 from edgekd.train import checkpoint
 from edgekd.train.config import TrainConfig
 from edgekd.train.loop import Job, Speed, Teacher, Trained, fit
 from edgekd.train.optim import Average, learning_rate, make_optimizer
+from edgekd.train.pair import teach
 from edgekd.train.views import View
 
 SPEC = ModelSpec(arch="tiny", num_classes=10, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, timm="none")
@@ -95,24 +93,14 @@ def make_job(
     work.mkdir(parents=True, exist_ok=True)
     job = Job("tiny", model or net(), SPEC, dataset, Classification(), cfg, 0, work, **more)
     if distill is not None:
-        teach(job, registry.load("distill", distill)(registry.load("distill", distill).Config()))
+        imitate(job, registry.load("distill", distill)(registry.load("distill", distill).Config()))
     return job
 
 
-def teach(job: Job, distiller: Any) -> None:
-    """What stages/distill.py does, with a model that timm does not know."""
+def imitate(job: Job, distiller: Any) -> None:
+    """A teacher that timm does not know."""
     teacher = net(7, width=6).eval().requires_grad_(False)
-    job.distiller, job.teacher = distiller, Teacher(teacher, View(SPEC), Speed())
-    here, there = side(job.model, SPEC), side(teacher, SPEC)
-    here = replace(here, positions=torch.from_numpy(job.dataset.split("train")))
-    if "teacher_taps" in distiller.needs:
-        job.teacher.tapped = TappedModel(teacher, there.taps)  # type: ignore[union-attr]
-    if "class_means" in distiller.needs:
-        there = replace(there, class_means=class_means(job))
-    torch.manual_seed(0)
-    job.projectors = distiller.setup(here, there)
-    if "taps" in distiller.needs:
-        job.tapped = TappedModel(job.model, here.taps)
+    teach(job, distiller, Teacher(teacher, View(SPEC), Speed()), teacher, SPEC)
 
 
 def train(job: Job, each: Callable[[int], None] = lambda _: None) -> Trained:
@@ -224,7 +212,7 @@ def test_every_term_of_every_distiller_is_checked_and_named(dataset: Dataset, tm
     assert terms
     for term in terms:
         job = make_job(dataset, tmp_path / term, settings())
-        teach(job, Poisoned(registry.load("distill", name)(registry.load("distill", name).Config()), term, value, 3))
+        imitate(job, Poisoned(registry.load("distill", name)(registry.load("distill", name).Config()), term, value, 3))
         with pytest.raises(TrainingDiverged, match=rf"loss term '{term}' is (nan|inf) at step 3 \(.*last finite value [\d.]+\)") as caught:
             train(job)
         assert (caught.value.exit_code, caught.value.where) == (3, "tiny")
