@@ -1,4 +1,5 @@
-"""Few bits on CIFAR-10: `python tools/bench_low_bits.py --weights FOLDER [--lossless FILE.npz] [--data FOLDER] [--bits 2 4] [--epochs 10]`.
+"""Few bits on CIFAR-10: `python tools/bench_low_bits.py --weights FOLDER [--lossless FILE.npz] [--data FOLDER] [--bits 2 4] [--epochs 10]
+[--seed 0]`.
 
 FOLDER of weights holds resnet20-*.th and resnet56-*.th. With --lossless: accuracy after rounding without training, for both models, every width and
 bucket size, on 1,000 lossless test images. With --data (train/<class>/*.jpg, test/<class>/*.jpg): ResNet-20 from real weights, trained in a few bits
@@ -108,7 +109,7 @@ def trained(args: Any, home: Path) -> None:
     plain: float | None = None
     for name, stages in runs:
         values = {"data.root": args.data.resolve(), "teacher.weights": files["resnet56_cifar"], "model.weights": files["resnet20_cifar"]}
-        values |= {"teacher.train.epochs": args.teacher_epochs}
+        values |= {"teacher.train.epochs": args.teacher_epochs, "seed": args.seed}
         overrides = [x for n, v in values.items() for x in ("-o", f"{n}={v}")]
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         out = str(home / name.replace(" ", "-").replace(",", ""))
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--teacher-epochs", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-class", type=int, help="images of each class; default: all")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
