@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import GoalMissed, UsageError
+from edgekd.errors import EdgekdError, GoalMissed, UsageError
 from edgekd.listing import list_devices, list_methods, list_recipes, show_device, show_method, store_gc, store_rows, store_verify, store_why
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "store_rows",
     "store_verify",
     "store_why",
+    "sweep",
     "verdicts",
     "verify",
 ]
@@ -135,6 +136,59 @@ def run_single(
         options = replace(options, require_built=True)
     run_code(options.code)
     return run_chain(single_recipe(kind, body, own, overrides=options.overrides, devices=options.devices), options, console=console)
+
+
+def sweep(
+    recipe: str,
+    vary: Sequence[str],
+    seeds: Sequence[int],
+    options: Options | None = None,
+    *,
+    until: str | None = None,
+    test: bool = False,
+    against: str | None = None,
+    console: Console | None = None,
+    store: Store | None = None,
+) -> dict[str, Any]:
+    """Trains a recipe's first learning model (or `until`) with every combination; returns rows, their comparison and the table's path.
+
+    A combination that fails is a row with its error, and `exit_code` is that of the first; raises it where all failed.
+    """
+    from edgekd.console import Console as RealConsole
+    from edgekd.context import Context
+    from edgekd.recipe import load
+    from edgekd.store import Store as RealStore
+    from edgekd.sweep import cells, compare, distinct, failed_row, run_cell, write_table
+
+    options = options or Options()
+    run_code(options.code)
+    console = console or RealConsole(quiet=True)
+    store = store or RealStore(warn=console.warn)
+    todo = cells(vary, seeds)
+    loads = [
+        load(recipe, (*options.overrides, *cell.overrides), devices=options.devices) for cell in todo
+    ]  # all problems before any training
+    rows: list[dict[str, Any]] = []
+    failures: list[EdgekdError] = []
+    with _run_folder(options.out, f"{loads[0].name}-sweep", ()) as folder:
+        for number, (cell, loaded) in enumerate(zip(todo, loads, strict=True), 1):
+            console.say(f"({number}/{len(todo)}) {cell.variant}, seed {cell.seed}")
+            ctx = Context(store, console, loaded.recipe.seed)
+            ctx.allow_download = options.allow_download
+            if (data := loaded.recipe.data) is not None:
+                ctx.data_root, ctx.data_workers = data.root, data.workers
+            try:
+                with ctx.stop.installed() if _main_thread() else _nothing():
+                    rows += run_cell(cell, loaded, ctx, until, test=test, gate=options.gate)
+            except EdgekdError as error:
+                failures.append(error)
+                rows.append(failed_row(cell, error))
+                console.warn(f"{cell.variant}, seed {cell.seed}: {rows[-1]['error']}")
+            table = write_table(distinct(rows), folder)
+    if len(failures) == len(todo):
+        raise failures[0]
+    found = {"recipe": loads[0].name, "table": str(table), "rows": distinct(rows), "comparison": compare(distinct(rows), against)}
+    return found | {"failed": len(failures), "exit_code": failures[0].exit_code if failures else 0}
 
 
 def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:

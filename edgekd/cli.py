@@ -157,6 +157,58 @@ def _finish(result: dict[str, Any], console: Console, code: Callable[[dict[str, 
 
 
 @app.command()
+def sweep(
+    recipe: RecipeName,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="NAME.FIELD=V1,V2", help="Values to try, such as distill.method=kd,ofa; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds 0 to N-1 of each combination.")] = 1,
+    until: Annotated[str | None, typer.Option(metavar="STEP", help="The model that is compared; default: the first that learns.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="VARIANT", help="What the others are compared with; default: the student alone, or the first.")
+    ] = None,
+    test: Annotated[bool, typer.Option("--test", help="Read test too. Choose on val, and read test once.")] = False,
+    o: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the table; default runs/<recipe>-sweep-<n>.")] = None,
+    code: Code = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Let a teacher at chance level pass.")] = False,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Let published weights be downloaded.")] = False,
+    json: Json = False,
+) -> int:
+    """Train a recipe's models with several values and seeds, and compare them; what was trained before is not trained again."""
+    from edgekd.api import Options
+    from edgekd.api import sweep as run
+
+    console = Console(json_mode=json)
+    options = Options(o or (), (), out, code, not no_gate, allow_download=allow_download)
+    found = run(recipe, vary or (), range(seeds), options, until=until, test=test, against=against, console=console)
+    if json:
+        console.json(found)
+        return int(found["exit_code"])
+    console.table([_compared(row) for row in found["comparison"]], _COMPARED)
+    console.say(f"table: {found['table']}" + (f"; {found['failed']} combinations failed" if found["failed"] else ""))
+    return int(found["exit_code"])
+
+
+_COMPARED = ("variant", "seeds", "metric", "mean", "error", "difference", "95 %", "ece", "agreement", "time")
+
+
+def _compared(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the comparison in words; metrics in percent."""
+    from edgekd.report.text import seconds
+
+    def percent(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.2%}"
+
+    shown = {"variant": row["variant"], "seeds": str(row["seeds"]), "metric": row["metric"], "mean": percent(row["mean"])}
+    shown |= {"error": percent(row["standard_error"]), "difference": percent(row.get("difference"), "+")}
+    if row.get("ci95"):
+        shown["95 %"] = " to ".join(percent(end, "+") for end in row["ci95"])
+    return shown | {n: percent(row.get(n)) for n in ("ece", "agreement")} | {"time": seconds(row.get("seconds"))}
+
+
+@app.command()
 def plan(
     recipe: RecipeName,
     o: Set = None,
