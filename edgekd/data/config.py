@@ -13,10 +13,17 @@ Fraction = Annotated[float, Field(ge=0.05, le=0.5)]
 
 
 class SplitConfig(Config):
-    """Fractions of each class that are set aside where the dataset does not have that part already."""
+    """Which samples are set aside where the dataset does not have that part already, and how many are trained on."""
 
     val: Annotated[Fraction, Field(description="fraction of each class for decisions: gates, calibration, early stopping")] = 0.15
     test: Annotated[Fraction, Field(description="fraction of each class that is read once, by the engine that ships")] = 0.15
+    seed: Annotated[
+        int | None, Field(ge=0, lt=2**31, description="of the split; default: the recipe's seed. One value: seeds differ in training alone")
+    ] = None
+    train_per_class: Annotated[
+        int | None,
+        Field(ge=1, description="at most this many training samples of each class, val and test whole: learning from few labels"),
+    ] = None
 
     @model_validator(mode="after")
     def _leaves_training_samples(self) -> SplitConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from edgekd.data.config import DataConfig
 from edgekd.data.index import PARTS, Index, Sample, root_of
@@ -13,6 +13,7 @@ from edgekd.errors import DataRefused
 
 def assign(index: Index, cfg: DataConfig, seed: int) -> tuple[Sample, ...]:
     """Samples in the index's order, each in train, val or test. Raises DataRefused where a class is too small to split."""
+    seed = seed if cfg.split.seed is None else cfg.split.seed
     where = str(root_of(cfg))
     have = {s.split for s in index.samples}
     missing = [part for part in ("test", "val") if part not in have]
@@ -27,7 +28,9 @@ def assign(index: Index, cfg: DataConfig, seed: int) -> tuple[Sample, ...]:
             raise _too_small(index.classes[label], len(pool), missing, where)
     samples = tuple(s._replace(split=part_of[s.id]) for s in index.samples)
     check(samples, index.classes, where)
-    return samples if cfg.max_per_class is None else _limited(samples, cfg.max_per_class, seed)
+    limits = dict.fromkeys(PARTS, cfg.max_per_class)
+    few = [n for n in (cfg.max_per_class, cfg.split.train_per_class) if n is not None]
+    return _limited(samples, limits | {"train": min(few)} if few else limits, seed)
 
 
 def check(samples: Iterable[Sample], classes: tuple[str, ...], where: str) -> None:
@@ -53,12 +56,15 @@ def shared_contents(samples: Iterable[Sample]) -> int:
     return sum(len(p) > 1 for p in parts.values())
 
 
-def _limited(samples: tuple[Sample, ...], limit: int, seed: int) -> tuple[Sample, ...]:
-    groups: defaultdict[tuple[str | None, int], list[Sample]] = defaultdict(list)
+def _limited(samples: tuple[Sample, ...], limits: Mapping[str, int | None], seed: int) -> tuple[Sample, ...]:
+    """At most so many of each class in each part; None: all."""
+    groups: defaultdict[tuple[str, int], list[Sample]] = defaultdict(list)
     for s in samples:
-        groups[s.split, s.label].append(s)
-    kept = {s.id for group in groups.values() for s in _ranked(group, seed, "subset")[:limit]}
-    return tuple(s for s in samples if s.id in kept)
+        groups[s.split or "train", s.label].append(s)
+    left_out = {
+        s.id for (part, _), group in groups.items() if limits[part] is not None for s in _ranked(group, seed, "subset")[limits[part] :]
+    }
+    return tuple(s for s in samples if s.id not in left_out)
 
 
 def _ranked(samples: Iterable[Sample], seed: int, purpose: str) -> list[Sample]:

@@ -385,6 +385,22 @@ def test_a_subset_takes_the_same_few_of_each_class() -> None:
     assert set(Counter((s.split, s.label) for s in samples).values()) == {3}
 
 
+def test_few_labels_leave_val_and_test_whole_and_are_part_of_the_many() -> None:
+    index = _index((30, 40))
+    whole = {s.id: s.split for s in assign(index, config(None, "digits"), 0)}
+    few = {s.id: s.split for s in assign(index, config(None, "digits", split={"train_per_class": 3}), 0)}
+    assert Counter(few.values())["train"] == 6
+    assert {i: p for i, p in whole.items() if p != "train"} == {i: p for i, p in few.items() if p != "train"}
+    assert few.items() <= whole.items()
+    both = assign(index, config(None, "digits", max_per_class=2, split={"train_per_class": 3}), 0)
+    assert set(Counter((s.split, s.label) for s in both).values()) == {2}
+
+
+def test_a_split_with_its_own_seed_is_the_same_in_every_training() -> None:
+    cfg, index = config(None, "digits", split={"seed": 5}), _index((30, 40))
+    assert assign(index, cfg, 0) == assign(index, cfg, 1) == assign(index, config(None, "digits"), 5)
+
+
 def test_copies_of_an_image_in_two_parts_are_counted(tree: Path, tmp_path: Path) -> None:
     (tree / "test/cat/copy.jpg").write_bytes((tree / "train/cat/000.jpg").read_bytes())
     (tmp_path / "out").mkdir()
