@@ -1,7 +1,7 @@
 """Freed memory stays with the process while it trains.
 
 glibc gives large buffers back to the kernel as soon as they are freed and asks for them again in the next step; each return costs page faults, a
-quarter of a step of a small CNN on two cores (tools/bench_train.py).
+quarter of a step of a small CNN on two cores (tools/bench_distill.py).
 """
 
 from __future__ import annotations
