@@ -18,7 +18,10 @@ class SplitConfig(Config):
     val: Annotated[Fraction, Field(description="fraction of each class for decisions: gates, calibration, early stopping")] = 0.15
     test: Annotated[Fraction, Field(description="fraction of each class that is read once, by the engine that ships")] = 0.15
     seed: Annotated[
-        int | None, Field(ge=0, lt=2**31, description="of the split; default: the recipe's seed. One value: seeds differ in training alone")
+        int | None,
+        Field(
+            ge=0, lt=2**31, description="of val and test; default: the recipe's seed. One value: every seed is judged on the same images"
+        ),
     ] = None
     train_per_class: Annotated[
         int | None,

@@ -13,13 +13,13 @@ from edgekd.errors import DataRefused
 
 def assign(index: Index, cfg: DataConfig, seed: int) -> tuple[Sample, ...]:
     """Samples in the index's order, each in train, val or test. Raises DataRefused where a class is too small to split."""
-    seed = seed if cfg.split.seed is None else cfg.split.seed
+    own = seed if cfg.split.seed is None else cfg.split.seed
     where = str(root_of(cfg))
     have = {s.split for s in index.samples}
     missing = [part for part in ("test", "val") if part not in have]
     part_of = {s.id: s.split or "train" for s in index.samples}
     for label, pool in sorted(_by_label(s for s in index.samples if part_of[s.id] == "train").items()):
-        ranked = _ranked(pool, seed, "split")
+        ranked = _ranked(pool, own, "split")
         for part in missing:
             take = max(1, round(len(pool) * getattr(cfg.split, part)))
             part_of.update((s.id, part) for s in ranked[:take])
@@ -30,7 +30,8 @@ def assign(index: Index, cfg: DataConfig, seed: int) -> tuple[Sample, ...]:
     check(samples, index.classes, where)
     limits = dict.fromkeys(PARTS, cfg.max_per_class)
     few = [n for n in (cfg.max_per_class, cfg.split.train_per_class) if n is not None]
-    return _limited(samples, limits | {"train": min(few)} if few else limits, seed)
+    seeds = dict.fromkeys(PARTS, own) | {"train": seed}  # with a split of its own, which few are trained on still differs by the run's seed
+    return _limited(samples, limits | {"train": min(few)} if few else limits, seeds)
 
 
 def check(samples: Iterable[Sample], classes: tuple[str, ...], where: str) -> None:
@@ -56,13 +57,16 @@ def shared_contents(samples: Iterable[Sample]) -> int:
     return sum(len(p) > 1 for p in parts.values())
 
 
-def _limited(samples: tuple[Sample, ...], limits: Mapping[str, int | None], seed: int) -> tuple[Sample, ...]:
+def _limited(samples: tuple[Sample, ...], limits: Mapping[str, int | None], seeds: Mapping[str, int]) -> tuple[Sample, ...]:
     """At most so many of each class in each part; None: all."""
     groups: defaultdict[tuple[str, int], list[Sample]] = defaultdict(list)
     for s in samples:
         groups[s.split or "train", s.label].append(s)
     left_out = {
-        s.id for (part, _), group in groups.items() if limits[part] is not None for s in _ranked(group, seed, "subset")[limits[part] :]
+        s.id
+        for (part, _), group in groups.items()
+        if limits[part] is not None
+        for s in _ranked(group, seeds[part], "subset")[limits[part] :]
     }
     return tuple(s for s in samples if s.id not in left_out)
 

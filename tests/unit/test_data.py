@@ -399,6 +399,9 @@ def test_few_labels_leave_val_and_test_whole_and_are_part_of_the_many() -> None:
 def test_a_split_with_its_own_seed_is_the_same_in_every_training() -> None:
     cfg, index = config(None, "digits", split={"seed": 5}), _index((30, 40))
     assert assign(index, cfg, 0) == assign(index, cfg, 1) == assign(index, config(None, "digits"), 5)
+    few = [{s.id: s.split for s in assign(index, config(None, "digits", split={"seed": 5, "train_per_class": 3}), seed)} for seed in (0, 1)]
+    assert few[0] != few[1]  # which few are trained on
+    assert len({frozenset(i for i, p in part.items() if p != "train") for part in few}) == 1
 
 
 def test_copies_of_an_image_in_two_parts_are_counted(tree: Path, tmp_path: Path) -> None:
