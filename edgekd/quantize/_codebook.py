@@ -95,8 +95,8 @@ def _parts(book: Mapping[str, Any], factor: Any) -> dict[str, Any]:
     planes = np.stack([np.packbits((padded >> k) & 1, bitorder="little") for k in range(width)])
     parts = {
         "planes": planes[:, :, None],  # (width, bytes, 1)
-        "shifts": np.arange(_BYTE, dtype=np.uint8),
-        "one": np.array(1, np.uint8),
+        "powers": 1 << np.arange(_BYTE, dtype=np.int32),
+        "two": np.array(2, np.int32),
         "worth": (1 << np.arange(width, dtype=np.int32))[:, None, None],
         "axis": np.array([0], np.int64),
         "row": np.array([-1], np.int64),
@@ -125,9 +125,11 @@ def _nodes(weight: str, parts: Mapping[str, Any], *, transposed: bool) -> Iterat
         steps.append(name)
         return helper.make_node(op, [i if i.startswith(weight) else f"{weight}.{i}" for i in inputs], [name], name, **attributes)
 
-    yield node("BitShift", "planes", "shifts", direction="RIGHT")
-    yield node("BitwiseAnd", steps[-1], "one")
-    yield node("Cast", steps[-1], to=TensorProto.INT32)
+    # Bits by division and remainder: OpenVINO 2026.4 folds neither shifts nor bitwise operators, unpacks at every inference then, and feeds a matrix product
+    # with weights that are not there yet.
+    yield node("Cast", "planes", to=TensorProto.INT32)
+    yield node("Div", steps[-1], "powers")
+    yield node("Mod", steps[-1], "two")
     yield node("Mul", steps[-1], "worth")
     yield node("ReduceSum", steps[-1], "axis", keepdims=0)
     yield node("Reshape", steps[-1], "row")

@@ -41,7 +41,7 @@ class Quantize:
         "grid?": Kind.MODEL,
     }
     gives = Kind.GRAPH
-    version = 3
+    version = 4
     libraries = ("onnx", "onnxruntime-gpu", "onnxruntime")
     user = True
     method_kind = "quantize"

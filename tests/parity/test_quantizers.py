@@ -201,6 +201,28 @@ def test_a_runtime_restores_packed_weights_exactly(count: int, bucket: int | Non
     assert facts["huffman_bits"] <= facts["stored_bits"] == (count - 1).bit_length()
 
 
+@pytest.mark.parametrize("bucket", [64, 256])
+def test_openvino_unpacks_weights_once_and_multiplies_with_them(bucket: int) -> None:
+    """It once multiplied with what was not unpacked yet, and unpacked again for every image."""
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(bucket)
+    layer = nn.Linear(64, 10)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Points(layer.weight, 16, bucket))
+    arrays = codebooks(nn.Sequential(layer))
+    weight, x = layer.weight.detach().numpy(), np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    body = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "0.weight"], ["y"], transB=1)],
+        "model",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])],
+        [numpy_helper.from_array(weight, "0.weight")],
+    )
+    proto, _ = packed(helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), arrays)
+    plan = openvino.Core().compile_model(openvino.Core().read_model(proto.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(plan(x)[0], x @ weight.T, rtol=1e-5, atol=1e-5)
+    assert not [op for op in plan.get_runtime_model().get_ordered_ops() if "gather" in op.get_friendly_name()]
+
+
 def test_a_weight_that_is_not_in_the_graph_is_an_error() -> None:
     from edgekd.errors import ParityBroken
 
