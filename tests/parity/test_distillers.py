@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from edgekd import registry
 from edgekd.distill.at import at_loss
 from edgekd.distill.crd import contrast
+from edgekd.distill.cskd import dense_loss, fused, global_loss, local_share
 from edgekd.distill.dist import pearson_distance
 from edgekd.distill.dkd import dkd_terms
 from edgekd.distill.fitnet import hint_loss, projector
@@ -18,6 +19,7 @@ from edgekd.distill.nd import nd_loss
 from edgekd.distill.ofa import ofa_loss
 from edgekd.distill.rkd import rkd_terms
 from edgekd.distill.rsd import rsd_loss
+from edgekd.distill.vkd import vkd_loss
 from edgekd.errors import UsageError
 from edgekd.models.projectors import SepConv, ofa_branches
 from edgekd.models.taps import Tap
@@ -240,11 +242,63 @@ def test_a_hint_is_rectified_where_the_teachers_features_are() -> None:
         lambda f: sum(rkd_terms(f.flatten(1)[:, :8].reshape(2, 8).repeat(3, 1) + FS, FT)),
         lambda f: nd_loss(f.flatten(1)[:, :8], FT[:2], FS[:2]),
         lambda f: rsd_loss(f.flatten(1)[:, :48].reshape(12, 8)[:6] + FS, FT, 0.01),
+        lambda f: vkd_loss(f.flatten(1)[:, :48].reshape(12, 8)[:6] + FS, FT),
+        lambda f: dense_loss(f[:, :2, :2, :2].repeat(1, 5, 1, 1) + DT, fused(DT, 0.5), soft=True, temperature=2.0),
+        lambda f: dense_loss(f[:, :2, :2, :2].repeat(1, 5, 1, 1) + DT, fused(DT, 0.5), soft=False),
+        lambda f: global_loss(f[:, :, 0, :1].reshape(2, 4).repeat(1, 3)[:, :10] + D, DT.mean((2, 3)), soft=True),
     ],
-    ids=["at", "fitnet", "rkd", "nd", "rsd"],
+    ids=["at", "fitnet", "rkd", "nd", "rsd", "vkd", "cskd dense soft", "cskd dense hard", "cskd global soft"],
 )
 def test_gradients_of_features_pass_a_numeric_check(loss: object) -> None:
     assert torch.autograd.gradcheck(loss, (F4S.clone().requires_grad_(),), eps=1e-6, atol=1e-6)
+
+
+def test_vkd_compares_with_the_standardised_teacher_and_a_turn_keeps_lengths() -> None:
+    its = (FT - FT.mean(1, keepdim=True)) / (FT.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    apart = (FS - its).abs()
+    assert float(vkd_loss(FS, FT)) == pytest.approx(float(torch.where(apart < 1, apart**2 / 2, apart - 0.5).mean()), rel=1e-12)
+    assert float(vkd_loss(FS, 3 * FT + 2)) == pytest.approx(float(vkd_loss(FS, FT)), rel=1e-4)  # the epsilon of the norm
+    cls = registry.load("distill", "vkd")
+    wide, narrow = Tap("a", "NCHW", 8, (2, 2)), Tap("b", "NLC", 5, (2, 2), 1)
+    for mine, its_tap in ((narrow, wide), (wide, narrow)):
+        matrix = cls(cls.Config()).setup(Side(nn.Identity(), (mine,), 0, 3), Side(nn.Identity(), (its_tap,), 0, 3)).weight.detach()
+        small = matrix.T @ matrix if matrix.shape[0] > matrix.shape[1] else matrix @ matrix.T
+        torch.testing.assert_close(small, torch.eye(5), rtol=0, atol=1e-5)
+
+
+DS, DT, D = (
+    seq(2, 16, 10, a=0.23, b=0.1, k=2).transpose(1, 2).reshape(2, 10, 4, 4),
+    seq(2, 10, 2, 2, a=0.31, b=0.5, k=3),
+    seq(2, 10, a=0.47, b=0.2, k=2),
+)
+
+
+@pytest.mark.parametrize(("progress", "golden"), [(0.0, 2.301165321890269), (0.5, 2.3119305713624096), (1.0, 2.308248883146443)])
+def test_cskds_dense_loss_has_the_sources_value(progress: float, golden: float) -> None:
+    pooled = nn.functional.adaptive_avg_pool2d(DS, 2)
+    assert float(dense_loss(pooled, fused(DT, local_share(progress, "linear")), soft=False)) == pytest.approx(golden, rel=1e-9)
+
+
+def test_cskds_soft_and_global_losses_have_the_sources_values() -> None:
+    pooled = nn.functional.adaptive_avg_pool2d(DS, 2)
+    soft = dense_loss(pooled, fused(DT, local_share(0.5, "linear")), soft=True)
+    assert 4 * float(soft) == pytest.approx(3.085185329768325, rel=1e-9)  # the source sums over the four positions
+    other = dense_loss(pooled, fused(DT, local_share(0.3, "cos")), soft=True, temperature=2.0)
+    assert 4 * float(other) == pytest.approx(6.231307795064572, rel=1e-9)
+    whole, labels = DT.mean((2, 3)), torch.tensor([1, 3])
+    assert float(global_loss(D, whole, soft=True)) == pytest.approx(0.14205510230783935, rel=1e-9)
+    assert float(global_loss(D, whole, soft=False)) == pytest.approx(2.2665816180078737, rel=1e-9)
+    dense = dense_loss(pooled, fused(DT, 0.5), soft=False)
+    total = 0.5 * nn.functional.cross_entropy(S[:2], labels) + 0.5 * global_loss(D, whole, soft=False) + dense
+    assert float(total) == pytest.approx(4.528526755490605, rel=1e-9)
+
+
+def test_cskd_refuses_classifiers_that_do_not_read_the_last_features() -> None:
+    cls, tap = registry.load("distill", "cskd"), Tap("a", "NCHW", 8, (2, 2))
+    fits, other = Side(nn.Identity(), (tap,), 8, 10, "fc", 8), Side(nn.Identity(), (tap,), 8, 10, "fc", 16)
+    for student, teacher, name in ((other, fits, "student"), (fits, other, "teacher")):
+        with pytest.raises(UsageError, match=f"the classifier of the {name} reads 16 values and its last features have 8"):
+            cls(cls.Config()).setup(student, teacher)
 
 
 def test_kd_is_zero_and_flat_where_the_student_is_the_teacher() -> None:
