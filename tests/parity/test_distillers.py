@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from edgekd import registry
 from edgekd.distill.at import at_loss
+from edgekd.distill.cakd import attention_loss
 from edgekd.distill.crd import contrast
 from edgekd.distill.cskd import dense_loss, fused, global_loss, local_share
 from edgekd.distill.dist import pearson_distance
@@ -19,8 +20,10 @@ from edgekd.distill.nd import nd_loss
 from edgekd.distill.ofa import ofa_loss
 from edgekd.distill.rkd import rkd_terms
 from edgekd.distill.rsd import rsd_loss
+from edgekd.distill.scalekd import frequency_loss, spatial_loss
 from edgekd.distill.vkd import vkd_loss
 from edgekd.errors import UsageError
+from edgekd.models.attention import CrossAttentionProjector, GroupLinear
 from edgekd.models.projectors import SepConv, ofa_branches
 from edgekd.models.taps import Tap
 from edgekd.train.distiller import Batch, Outputs, Side
@@ -245,9 +248,27 @@ def test_a_hint_is_rectified_where_the_teachers_features_are() -> None:
         lambda f: vkd_loss(f.flatten(1)[:, :48].reshape(12, 8)[:6] + FS, FT),
         lambda f: dense_loss(f[:, :2, :2, :2].repeat(1, 5, 1, 1) + DT, fused(DT, 0.5), soft=True, temperature=2.0),
         lambda f: dense_loss(f[:, :2, :2, :2].repeat(1, 5, 1, 1) + DT, fused(DT, 0.5), soft=False),
+        lambda f: spatial_loss(f.flatten(2).transpose(1, 2), TOK),
+        lambda f: frequency_loss(f.flatten(2).transpose(1, 2), TOK),
+        lambda f: attention_loss(
+            [f.flatten(2), f.flatten(2), f.flatten(2)], [F4T.flatten(2)] * 3, [f.flatten(2), F4T.flatten(2), f.flatten(2)]
+        ),
         lambda f: global_loss(f[:, :, 0, :1].reshape(2, 4).repeat(1, 3)[:, :10] + D, DT.mean((2, 3)), soft=True),
     ],
-    ids=["at", "fitnet", "rkd", "nd", "rsd", "vkd", "cskd dense soft", "cskd dense hard", "cskd global soft"],
+    ids=[
+        "at",
+        "fitnet",
+        "rkd",
+        "nd",
+        "rsd",
+        "vkd",
+        "cskd dense soft",
+        "cskd dense hard",
+        "scalekd spatial",
+        "scalekd frequency",
+        "cakd",
+        "cskd global soft",
+    ],
 )
 def test_gradients_of_features_pass_a_numeric_check(loss: object) -> None:
     assert torch.autograd.gradcheck(loss, (F4S.clone().requires_grad_(),), eps=1e-6, atol=1e-6)
@@ -299,6 +320,62 @@ def test_cskd_refuses_classifiers_that_do_not_read_the_last_features() -> None:
     for student, teacher, name in ((other, fits, "student"), (fits, other, "teacher")):
         with pytest.raises(UsageError, match=f"the classifier of the {name} reads 16 values and its last features have 8"):
             cls(cls.Config()).setup(student, teacher)
+
+
+TOK, MAP = seq(2, 36, 4, a=0.23, b=0.1), seq(2, 4, 6, 6, a=0.29, b=0.4)
+
+
+def test_scalekds_two_views_have_the_references_values() -> None:
+    target = MAP.flatten(2).transpose(1, 2)
+    assert 0.08 * float(spatial_loss(TOK, target)) == pytest.approx(5.68746274277, rel=1e-9)
+    assert 0.06 * float(frequency_loss(TOK, target)) == pytest.approx(4.27207084883, rel=1e-9)
+    assert float(spatial_loss(target, target)) == float(frequency_loss(target, target)) == 0
+    assert float(frequency_loss(TOK + 3, target)) == pytest.approx(float(frequency_loss(TOK, target)), rel=1e-9)  # it does not see a mean
+
+
+def test_scalekds_projector_is_a_sharpened_attention_of_torchs_own() -> None:
+    torch.manual_seed(0)
+    ours = CrossAttentionProjector(6, (4, 4), 8, 9, 2, 5.0, own_queries=True).double().eval()
+    plain = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True).double()
+    with torch.no_grad():
+        for name, layer in (("q", ours.q), ("k", ours.k), ("v", ours.v)):
+            getattr(plain, f"{name}_proj_weight").copy_(layer.weight)
+        plain.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]))
+        plain.out_proj.weight.copy_(ours.out.weight)
+        plain.out_proj.bias.copy_(ours.out.bias)
+        plain.q_proj_weight.mul_(5)  # torch's softmax is not sharpened, so its queries are
+        plain.in_proj_bias[:8].mul_(5)
+        features = seq(2, 6, 4, 4, a=0.3)
+        seen = (ours.map(features) + ours.places).flatten(2).transpose(1, 2)
+        asked = ours.before(ours.queries.expand(2, -1, -1))
+        attended = nn.functional.layer_norm(plain(asked, seen, seen)[0], (8,), ours.norm.weight, ours.norm.bias)
+        torch.testing.assert_close(ours(features), attended + ours.ffn(attended), rtol=0, atol=1e-10)
+        assert ours(features, seq(2, 9, 8, a=0.2)).shape == (2, 9, 8)  # its own queries win
+
+
+def test_cakds_attention_has_the_sources_values_plain_and_crossed() -> None:
+    student = [seq(2, 9, 8, a=a, b=b) for a, b in ((0.17, 0), (0.23, 0.1), (0.29, 0.4))]
+    teacher = [seq(2, 9, 8, a=a, b=b) for a, b in ((0.31, 0.5), (0.37, 0.2), (0.41, 0.3))]
+    gram = [v @ v.transpose(-1, -2) / 8**0.5 for v in (student[2], teacher[2])]
+    grams = float(nn.functional.mse_loss(*gram))
+    assert grams == pytest.approx(2.633020401259387, rel=1e-9)
+    assert float(attention_loss(student, teacher, student)) == pytest.approx(2.875037831984477, rel=1e-9)
+    even = (torch.arange(2 * 9 * 8) % 2 == 0).view(2, 9, 8)
+    crossed = [torch.where(even, t, s) for s, t in zip(student, teacher, strict=True)]
+    assert float(attention_loss(student, teacher, crossed)) == pytest.approx(2.762960435047358, rel=1e-9)
+    assert float(attention_loss(teacher, teacher, teacher)) == 0
+
+
+def test_cakds_groups_share_a_layer_by_neighbourhood() -> None:
+    layer = GroupLinear(4, (6, 6), 8, 0.0).double()
+    weights, biases = seq(4, 8, 4, a=0.19, b=0.3, k=0.5), seq(4, 8, a=0.27, b=0.6, k=0.1)
+    with torch.no_grad():
+        for part, w, b in zip(layer.layers, weights, biases, strict=True):
+            part.weight.copy_(w)
+            part.bias.copy_(b)
+    target = seq(2, 36, 8, a=0.13, b=0.2)
+    assert float(nn.functional.mse_loss(layer(F4S), target).detach()) == pytest.approx(1.4751423941834392, rel=1e-9)
+    assert sorted(len(m) for m in GroupLinear(4, (14, 14), 8, 0.0).members) == [4] + [8] * 6 + [16] * 9
 
 
 def test_kd_is_zero_and_flat_where_the_student_is_the_teacher() -> None:
