@@ -46,6 +46,7 @@ __all__ = [
     "sweep",
     "verdicts",
     "verify",
+    "wire",
 ]
 if TYPE_CHECKING:
     from edgekd.console import Console
@@ -89,10 +90,14 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     from edgekd.run import decisions_of, execute
     from edgekd.store import Store as RealStore
     from edgekd.summary import summarise
+    from edgekd.wiring import chosen
 
     started = time.perf_counter()
     console = console or RealConsole(quiet=True)
     store = store or RealStore(warn=console.warn)
+    loaded, told = chosen(loaded)
+    for line in told:
+        console.say(line)
     plan = build_plan(loaded, gate=options.gate, cache_dir=store.root)
     if options.require_built:
         _check_builders(plan)
@@ -197,10 +202,11 @@ def plan(recipe: str, options: Options | None = None) -> list[dict[str, Any]]:
     from edgekd.plan import build_plan, state_of
     from edgekd.recipe import load
     from edgekd.store import Store
+    from edgekd.wiring import chosen
 
     options = options or Options()
     run_code(options.code)
-    loaded, store = load(recipe, options.overrides, devices=options.devices), Store()
+    (loaded, _), store = chosen(load(recipe, options.overrides, devices=options.devices)), Store()
     built = build_plan(loaded, gate=options.gate, cache_dir=store.root)
     outlooks = list(state_of(built, store.peek, read_decisions(options.replay), store.get))
     past = [(manifest, size) for manifest, _, size, _ in store.entries()] if any(o.state != "cached" for o in outlooks) else []
@@ -225,6 +231,15 @@ def show(recipe: str, overrides: Sequence[str] = (), *, code: Path | None = None
     from edgekd.recipe import resolved
 
     return resolved(check(recipe, overrides, code=code))
+
+
+def wire(
+    recipe: str, overrides: Sequence[str] = (), *, code: Path | None = None, classes: int | None = None, step: str | None = None
+) -> dict[str, Any]:
+    """How teacher and student are wired: models, stages, loss terms, warnings, and `yaml`, the recipe's stages written out. Trains nothing."""
+    from edgekd.wiring import wire as wiring
+
+    return wiring(check(recipe, overrides, code=code), classes=classes, step=step)
 
 
 def import_checkpoint(

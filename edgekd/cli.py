@@ -272,6 +272,32 @@ def show(recipe: RecipeName, o: Set = None, code: Code = None, json: Json = Fals
     _table(values(recipe, o or (), code=code), ("path", "value", "source"), json)
 
 
+@app.command()
+def wire(
+    recipe: RecipeName,
+    o: Set = None,
+    step: Annotated[str | None, typer.Option(help="One distill stage instead of all.")] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="How many classes there are, where the data are not at hand.")] = None,
+    code: Code = None,
+    json: Json = False,
+) -> None:
+    """Show which stages of teacher and student are compared, by which loss, and the same as explicit YAML."""
+    from edgekd.api import wire as wiring
+
+    console = Console(json_mode=json)
+    found = wiring(recipe, o or (), code=code, classes=classes, step=step)
+    for text in found["warnings"]:
+        console.warn(text)
+    if json:
+        console.json(found)
+        return
+    for rows in ("models", "stages", "terms"):
+        columns = [c for c in found[rows][0] if c not in ("mean", "std")]
+        console.table(found[rows], columns)
+        console.data("")
+    console.data("# the same in full, to take the place of `stages:` in the recipe\n" + found["yaml"])
+
+
 # ------------------------------------------------------------------------------------------------------------ single stages
 Arch = Annotated[str | None, typer.Option(help="timm architecture, or one registered by --code.")]
 Data = Annotated[Path, typer.Option(help="Folder of images by class, or a manifest file.")]

@@ -26,8 +26,10 @@ from edgekd.safeio.files import contained
 from edgekd.shipped import shipped_dir
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
+from edgekd.train.distiller import DistillConfig
 
 Path_ = tuple[str | int, ...]
+AUTO = "auto"  # a method of distill that the pair of models decides (edgekd/wiring.py)
 _MAX_EXTENDS = 8
 _RESERVED = ("student", "preflight", "shipped")  # steps and engines that every plan has
 _LISTED = re.compile(rb"^    user = True$", re.MULTILINE)
@@ -359,11 +361,12 @@ def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str
         spot = marks.get((*at, field_), where)
         if kind == "distill" and isinstance(method, list):
             method, body["methods"] = "combined", method
-        if not isinstance(method, str) or method not in registry.names(stage.method_kind):
+        auto = kind == "distill" and method == AUTO
+        if not auto and (not isinstance(method, str) or method not in registry.names(stage.method_kind)):
             what = f"unknown {field_} '{method}'{suggest(method, registry.names(stage.method_kind))}" if method else f"{field_}: missing"
             problems.append(f"{spot}: {name}.{what}" if not method else f"{spot}: {what}")
             return None
-        method_cls = registry.load(stage.method_kind, method).Config
+        method_cls = DistillConfig if auto else registry.load(stage.method_kind, method).Config
     own = {k: v for k, v in body.items() if k in stage.Config.model_fields}
     rest = {k: v for k, v in body.items() if k not in own}
     allowed = {"name", *stage.Config.model_fields, *(method_cls.model_fields if method_cls else ())}
@@ -512,7 +515,10 @@ def _sampled(kind: str, settings: Settings) -> str | None:
         return None
     if not config.fixed_views:
         return "answers are kept, and sampled, only where views repeat: set views"
-    if getattr(registry.load("distill", str(settings.method))(settings.method_config), "linear_at", None) is None:
+    if (
+        settings.method == AUTO
+        or getattr(registry.load("distill", str(settings.method))(settings.method_config), "linear_at", None) is None
+    ):
         return f"{settings.method} needs all of the teacher's logits; a sample of them is enough for kd"
     return None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from edgekd.distill._pairs import stage_pairs
+from edgekd.distill._pairs import stage_of, stage_pairs
 from edgekd.registry import register
 from edgekd.train.distiller import Batch, DistillConfig, Side
 
@@ -45,6 +45,9 @@ class AT:
         weight: float = Field(1000.0, ge=0, description="weight of the sum over the stages")
         power: int = Field(2, ge=1, le=4, description="of the activations that are averaged over channels")
         even: bool = Field(True, description="a stage counts alike at any resolution; off, as in the source, larger maps count less")
+        stages: tuple[tuple[int, int], ...] = Field(
+            (), description="[student's, teacher's] stages that are compared, the last is 4; empty: by resolution and depth"
+        )
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "taps", "teacher_taps"})
     pairs: ClassVar[frozenset[tuple[str, str]]] = frozenset({("cnn", "cnn")})  # what a position means differs between families
@@ -53,10 +56,13 @@ class AT:
     def __init__(self, config: Config):
         self.config = config
         self.stages: list[tuple[int, int]] = []
+        self.explicit = config
 
     def setup(self, student: Side, teacher: Side) -> None:
         """Pairs the stages; nothing is projected."""
-        self.stages = stage_pairs(student, teacher)
+        self.stages = stage_pairs(student, teacher, self.config.stages)
+        numbers = tuple((stage_of(student.taps, mine), stage_of(teacher.taps, its)) for mine, its in self.stages)
+        self.explicit = self.config.model_copy(update={"stages": numbers})
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         terms = {}

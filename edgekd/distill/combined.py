@@ -90,6 +90,13 @@ class Combined:
         found = {name: module for name, part in self.parts.items() if (module := part.setup(student, teacher)) is not None}
         return nn.ModuleDict(found) if found else None
 
+    @property
+    def explicit(self) -> Config:
+        """The settings with what each method's setup chose."""
+        chosen = {name: getattr(part, "explicit", part.config) for name, part in self.parts.items()}
+        methods = tuple({name: config.model_dump(mode="json", exclude={"label_weight"})} for name, config in chosen.items())
+        return self.config.model_copy(update={"methods": methods})
+
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         return {
             term if term.startswith(name) else f"{name}.{term}": v for name, p in self.parts.items() for term, v in p.terms(batch).items()

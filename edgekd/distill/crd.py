@@ -42,6 +42,7 @@ class CRD:
         memory_momentum: float = Field(0.5, ge=0, lt=1, description="of what the memories hold")
 
     needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    relational: ClassVar[bool] = True
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from edgekd.distill._pairs import stage_pairs
-from edgekd.errors import UsageError
+from edgekd.distill._pairs import stage_of, stage_pairs
 from edgekd.registry import register
 from edgekd.train.distiller import Batch, DistillConfig, Side
 
@@ -58,7 +57,10 @@ class FitNet:
 
     class Config(DistillConfig):
         weight: float = Field(100.0, ge=0, description="weight of the hint")
-        stage: int = Field(2, ge=1, le=4, description="which of the stages that both models have, from the shallowest; 2 in the source")
+        stages: tuple[int, int] | None = Field(
+            None,
+            description="student's and teacher's stage, the last is 4; default: the second pair by resolution and depth, as in the source",
+        )
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "taps", "teacher_taps"})
     pairs: ClassVar[frozenset[tuple[str, str]]] = frozenset({("cnn", "cnn")})  # what a position means differs between families
@@ -68,13 +70,14 @@ class FitNet:
         self.config = config
         self.pair: tuple[int, int] = (0, 0)
         self.project: nn.Module | None = None
+        self.explicit = config
 
     def setup(self, student: Side, teacher: Side) -> nn.Module:
         """The projector from the student's map to the teacher's."""
-        pairs = stage_pairs(student, teacher)
-        if self.config.stage > len(pairs):
-            raise UsageError(f"the models share {len(pairs)} stages", where="stage", expected=f"1 to {len(pairs)}")
-        self.pair = pairs[self.config.stage - 1]
+        pairs = stage_pairs(student, teacher, () if self.config.stages is None else (self.config.stages,))
+        self.pair = pairs[:2][-1]
+        numbers = stage_of(student.taps, self.pair[0]), stage_of(teacher.taps, self.pair[1])
+        self.explicit = self.config.model_copy(update={"stages": numbers})
         self.project = projector(student.taps[self.pair[0]], teacher.taps[self.pair[1]])
         return self.project
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from edgekd.distill._pairs import stage_of
 from edgekd.registry import register
 from edgekd.train.distiller import Batch, DistillConfig, Side
 
@@ -49,6 +50,7 @@ class OFA:
     def __init__(self, config: Config):
         self.config = config
         self.branches: nn.ModuleDict | None = None
+        self.explicit = config
 
     def setup(self, student: Side, teacher: Side) -> nn.Module:
         """One branch a stage, by the student's family."""
@@ -57,6 +59,7 @@ class OFA:
 
         widths = student.num_features, teacher.num_features
         self.branches = ofa_branches(student.taps, family(student.taps, student.model), widths, student.num_classes, self.config.stages)
+        self.explicit = self.config.model_copy(update={"stages": tuple(stage_of(student.taps, int(tap)) for tap in self.branches)})
         return self.branches
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ class RKD:
         angle: float = Field(50.0, ge=0, description="weight of the angles")
 
     needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    relational: ClassVar[bool] = True
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):

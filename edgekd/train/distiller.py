@@ -91,9 +91,10 @@ class Distiller(Protocol):
     co_trains: ClassVar[bool]  # True: updates the teacher or peers as well
 
     config: Any  # an instance of Config
-    # Two more, which a method may leave out. `pairs: ClassVar[frozenset[tuple[str, str]]]`: the families of (teacher, student) that it is made for, out of
+    # Four more, which a method may leave out. `pairs: ClassVar[frozenset[tuple[str, str]]]`: the families of (teacher, student) that it is made for, out of
     # cnn, vit, swin and mlp; without it, any. `linear_at: float`, the temperature at which it uses nothing of the teacher but its probabilities, and
-    # these linearly, so that an unbiased sample of them (`Outputs.probabilities`) gives the same gradient on average.
+    # these linearly, so that an unbiased sample of them (`Outputs.probabilities`) gives the same gradient on average. `explicit: Config`, after setup the
+    # settings with what setup chose written out. `relational: ClassVar[bool]`: it compares images with each other, which differs between families.
 
     def __init__(self, config: Any) -> None: ...
 

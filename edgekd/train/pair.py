@@ -64,6 +64,19 @@ def wire(
     seed: int,
 ) -> Wired:
     """Sets the distiller up for two models; `view` is the teacher's, `positions` those of the training images."""
+    return set_up(distiller, student, teacher, positions, lambda model: class_means(model, view, dataset, positions), seed=seed)
+
+
+def set_up(
+    distiller: Distiller,
+    student: tuple[nn.Module, ModelSpec],
+    teacher: tuple[nn.Module, ModelSpec],
+    positions: NDArray[np.int64],
+    means_of: Callable[[TappedModel], Tensor],
+    *,
+    seed: int,
+) -> Wired:
+    """The same with the teacher's class means, where they are asked for, from wherever."""
     needs, asked = distiller.needs, getattr(distiller, "pairs", None)
     here = side(*student, taps="taps" in needs or bool(asked), embedding="embedding" in needs)
     there = side(*teacher, taps=bool(needs & {"taps", "teacher_taps"}) or bool(asked), embedding="embedding" in needs)
@@ -73,7 +86,7 @@ def wire(
         TappedModel(student[0], here.taps if "taps" in needs else (), here.classifier),
         TappedModel(teacher[0], there.taps if "teacher_taps" in needs else (), there.classifier),
     )
-    means = class_means(tapped[1], view, dataset, positions) if "class_means" in needs else None
+    means = means_of(tapped[1]) if "class_means" in needs else None
     at = torch.from_numpy(positions).sort().values
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
