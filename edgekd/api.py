@@ -86,6 +86,7 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     """The one code path of `compress` and of the single-stage commands."""
     from edgekd.console import Console as RealConsole
     from edgekd.context import Context
+    from edgekd.lessons import lessons
     from edgekd.plan import build_plan
     from edgekd.run import decisions_of, execute
     from edgekd.store import Store as RealStore
@@ -117,6 +118,8 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     _copy_bundles(plan, done, folder)
     for line in done.artifacts["data"].meta.get("skipped", {}):
         console.warn(f"left out of the data: {line}")
+    for line in lessons(plan, done):
+        console.warn(line)
     run = summarise(
         plan,
         done,

@@ -27,7 +27,7 @@ from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
-from edgekd.recipe import Loaded, TargetConfig
+from edgekd.recipe import Loaded, TargetConfig, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
 
@@ -327,7 +327,12 @@ class _Planner:
         self._add(
             "preflight",
             "preflight",
-            self._config("preflight", probes=[_probe(k, s) for k, s in self.loaded.stages], places=self._places()),
+            self._config(
+                "preflight",
+                probes=[_probe(k, s) for k, s in self.loaded.stages],
+                places=self._places(),
+                teacher_smoothing=smoothing_of(recipe),
+            ),
             inputs,
             facts=self._task() | _here() | {"methods": self._sources()},
             user=True,

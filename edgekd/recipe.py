@@ -97,6 +97,12 @@ def load(name: str, overrides: Sequence[str] = (), *, devices: Sequence[str] = (
     return _validate(_short(path), tree)
 
 
+def smoothing_of(recipe: Recipe) -> float:
+    """Label smoothing of the teacher's training, as far as the recipe knows."""
+    train = recipe.teacher.train if recipe.teacher is not None else None
+    return train.label_smoothing if train is not None else 0.0
+
+
 def from_values(name: str, value: dict[str, Any], overrides: Sequence[str] = ()) -> Loaded:
     """A recipe made by a single-stage command; the same validation as a file's."""
     tree = _Tree(value, {})

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from edgekd import registry
-from edgekd.distill._advice import Advice, Facts, advise, cautions
+from edgekd.distill._advice import Advice, Facts, advise, cautions, facts_of
 from edgekd.distill._pairs import stage_of, stage_pairs
 from edgekd.errors import UsageError, suggest
-from edgekd.recipe import AUTO, Loaded
+from edgekd.recipe import AUTO, Loaded, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.distiller import DistillConfig
 
@@ -55,13 +55,7 @@ class Pair:
 
     @cached_property
     def facts(self) -> Facts:
-        from edgekd.models.taps import family
-
-        student, teacher = self.sides
-        train = self.loaded.recipe.teacher.train if self.loaded.recipe.teacher is not None else None
-        sizes = [sum(p.numel() for p in side.model.parameters()) for side in (teacher, student)]
-        families = [family(side.taps, side.model) for side in (teacher, student)]
-        return Facts(families[0], families[1], sizes[0], sizes[1], train.label_smoothing if train else 0.0)
+        return facts_of(*self.sides, smoothing_of(self.loaded.recipe))
 
     @property
     def advice(self) -> Advice:

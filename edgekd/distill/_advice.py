@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edgekd.distill.combined import Combined
 
 if TYPE_CHECKING:
-    from edgekd.train.distiller import Distiller
+    from edgekd.train.distiller import Distiller, Side
 
 _KINDS = {"cnn": "CNN", "vit": "transformer", "swin": "transformer", "mlp": "MLP"}
 _MANY_CLASSES = 1000
@@ -30,6 +30,16 @@ class Facts(NamedTuple):
     teacher_parameters: int
     student_parameters: int
     teacher_smoothing: float = 0.0  # label smoothing that the teacher was, or will be, trained with
+
+
+def facts_of(student: Side, teacher: Side, smoothing: float = 0.0) -> Facts:
+    """The facts of two models with their taps."""
+    from edgekd.models.taps import family  # torch stays out of the CLI's start
+
+    sides = teacher, student
+    sizes = [sum(p.numel() for p in side.model.parameters()) for side in sides]
+    families = [family(side.taps, side.model) for side in sides]
+    return Facts(families[0], families[1], sizes[0], sizes[1], smoothing)
 
 
 def advise(teacher: str, student: str, classes: int) -> Advice:

@@ -131,7 +131,9 @@ def feature_map(features: Tensor, tap: Tap) -> Tensor:
 
 
 def family(taps: tuple[Tap, ...], model: nn.Module) -> str:
-    """cnn, swin (hierarchical tokens), vit (uniform tokens with attention) or mlp (uniform tokens without)."""
+    """cnn, swin (hierarchical tokens), vit (uniform tokens with attention) or mlp (uniform tokens without, or nothing with positions)."""
+    if not taps:
+        return "mlp"
     if taps[-1].layout == "NCHW":
         return "cnn"
     if taps[-1].layout == "NHWC":

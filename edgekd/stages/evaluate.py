@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
 
-OUTPUTS, METRICS = "outputs.npy", "metrics.json"
+OUTPUTS, LABELS, METRICS = "outputs.npy", "labels.npy", "metrics.json"
 _BATCH = 64
 
 
@@ -53,6 +53,13 @@ class Evaluate:
         session, facts = open_engine(inputs["engine"], threads=ctx.threads)
         outputs = run_engine(session, facts, dataset, positions, ctx, settings.name)
         if bad := int((~np.isfinite(outputs).reshape(len(outputs), -1).all(1)).sum()):
+            if config.above_chance:
+                raise InputRefused(
+                    f"its outputs for {bad} of {len(outputs)} images are not finite: a student cannot learn from them",
+                    where=settings.name.removesuffix(".val"),
+                    expected="finite outputs",
+                    hint="check its weights, teacher.mean and teacher.std",
+                )
             ctx.console.warn(
                 f"{settings.name}: the outputs of {bad} of {len(outputs)} images are not finite; they count as wrong answers at best"
             )
@@ -66,7 +73,7 @@ class Evaluate:
         if config.above_chance and hasattr(task, "chance"):
             _assert_above_chance(metrics[task.metric_name], task.chance(labels), len(labels), settings.name)
         np.save(out / OUTPUTS, outputs)
-        np.save(out / "labels.npy", labels)
+        np.save(out / LABELS, labels)
         body = {
             "split": split,
             "metric_name": task.metric_name,

@@ -15,7 +15,7 @@ from edgekd.gate import Evidence, Verdict, judge, paired_drop, wants_of
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, read_decision, write_decision
 from edgekd.stages.compile import RunConfig, engine_bytes, engine_file, open_engine
-from edgekd.stages.evaluate import OUTPUTS, metric_of
+from edgekd.stages.evaluate import LABELS, OUTPUTS, metric_of
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -74,7 +74,7 @@ def gather(settings: Settings, config: Any, inputs: Mapping[str, Artifact]) -> E
     from edgekd.stages._common import task_of
 
     before, after, task = inputs["before"], inputs["after"], task_of(settings)
-    labels = np.load(inputs["before_metrics"].path / "labels.npy")
+    labels = np.load(inputs["before_metrics"].path / LABELS)
     scores = [task.scores(np.load(inputs[n].path / OUTPUTS), labels).tolist() for n in ("before_metrics", "after_metrics")]
     drop, drop_ci = paired_drop(*scores)
     left = config.accuracy_drop_max - (metric_of(inputs["reference_metrics"])[1] - metric_of(inputs["before_metrics"])[1])

@@ -1,7 +1,7 @@
 """preflight: before any training, the whole chain once with untrained weights. What cannot be built fails now, naming the stage.
 
-One batch through teacher and student with finite loss terms and gradients; the untrained student pruned, exported, quantized with random
-calibration, built and run on every target that this machine can run.
+One batch through teacher and student with finite loss terms and gradients, and warnings of what is known to go wrong with such a pair; the untrained
+student pruned, exported, quantized with random calibration, built and run on every target that this machine can run.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from edgekd.models.spec import ModelSpec
     from edgekd.quantize._quantizer import ModelQuantizer
     from edgekd.tasks._task import Task
+    from edgekd.train.distiller import Distiller
 
 _BATCH = 4
 
@@ -63,6 +64,7 @@ class Preflight:
     class Config(Base):
         probes: tuple[Probe, ...] = Field((), description="the recipe's stages")
         places: tuple[Place, ...] = Field((), description="targets that this machine can run")
+        teacher_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the teacher's training")
 
     takes: Mapping[str, Kind] = {"student": Kind.MODEL, "teacher?": Kind.MODEL, "data": Kind.DATA}
     gives = Kind.DECISION
@@ -76,12 +78,15 @@ class Preflight:
         config = settings.typed(self.Config)
         student, spec = load_model(inputs["student"])
         dataset = open_dataset(inputs["data"], ctx)
+        warnings: list[str] = []
         for probe in config.probes:
             if probe.stage == "distill":
                 with _named(probe.name):
-                    _distil_once(probe, student, spec, inputs["teacher"], dataset, task_of(settings))
+                    distiller = _distil_once(probe, student, spec, inputs["teacher"], dataset, task_of(settings))
+                    found = _cautions(probe, distiller, (student, spec), inputs["teacher"], config.teacher_smoothing)
+                warnings += [text for text in found if text not in warnings]
         built = _build_all(config, _pruned(config, student, spec, dataset, settings), spec, ctx.console)
-        write_decision(out, {"built": built})
+        write_decision(out, {"built": built, "warnings": warnings})
         return {"built": built}
 
 
@@ -110,8 +115,8 @@ def _named(stage: str) -> Iterator[None]:
         ) from error
 
 
-def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset, task: Task) -> None:
-    """One batch: every term and every gradient must be finite."""
+def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset, task: Task) -> Distiller:
+    """One batch: every answer, term and gradient must be finite."""
     import copy
 
     import torch
@@ -123,7 +128,7 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     from edgekd.train.views import View
 
     cls = registry.load("distill", str(probe.method))
-    distiller = cls(cls.Config(**probe.config))
+    distiller: Distiller = cls(cls.Config(**probe.config))
     net = copy.deepcopy(student).train()
     guide, guide_spec = load_model(teacher)
     view, positions = View(guide_spec), dataset.split("train")[:_BATCH]
@@ -131,6 +136,12 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     images = to_float(torch.from_numpy(dataset.images(positions)))
     with torch.no_grad():
         answer = Outputs.of(*wired.teacher(view(images)))
+    if not bool(answer.logits.isfinite().all()):
+        raise TrainingDiverged(
+            "the teacher's outputs are not finite on the first batch",
+            expected="finite outputs",
+            hint="check its weights, teacher.mean and teacher.std",
+        )
     given = Outputs.of(*wired.student(View(spec)(images)))
     target = task.collate(dataset.labels[positions], len(dataset.classes))
     terms = distiller.terms(Batch(given, answer, target, torch.from_numpy(positions), 0.0))
@@ -141,6 +152,17 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     for name, parameter in net.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             raise TrainingDiverged(f"the gradient of '{name}' is not finite on the first batch", expected="finite gradients")
+    return distiller
+
+
+def _cautions(probe: Probe, distiller: Distiller, student: tuple[nn.Module, ModelSpec], teacher: Artifact, smoothing: float) -> list[str]:
+    """What is known to go wrong with such a pair, for the stage."""
+    from edgekd.distill._advice import cautions, facts_of
+    from edgekd.models.build import load_model
+    from edgekd.train.pair import side
+
+    facts = facts_of(side(*student), side(*load_model(teacher)), smoothing)
+    return [f"{probe.name}: {text}" for text in cautions(str(probe.method), distiller, facts)]
 
 
 def _build_all(config: Any, model: nn.Module, spec: ModelSpec, console: Console) -> list[str]:

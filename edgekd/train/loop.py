@@ -173,6 +173,7 @@ class _Run:
         self.best: dict[str, Any] = {}
         self.sums: dict[str, float] = {}
         self.last_finite: dict[str, float] = {}
+        self.answer: Outputs | None = None  # the teacher's to the batch at hand
         self.elsewhere = ""  # what differed where it was resumed
 
     # ------------------------------------------------------------------------------------------------ steps
@@ -223,14 +224,21 @@ class _Run:
         student = Outputs.of(*seen)
         terms = {"label": job.label_weight * job.task.label_loss(student.logits, target, cfg.label_smoothing)}
         if job.distiller is not None and job.teacher is not None:
-            progress = self.step / max(self.total - 1, 1)
-            terms |= job.distiller.terms(Batch(student, job.teacher(pixels, index, epoch), target, index, progress))
+            progress, self.answer = self.step / max(self.total - 1, 1), job.teacher(pixels, index, epoch)
+            terms |= job.distiller.terms(Batch(student, self.answer, target, index, progress))
         return terms
 
     def _checked(self, terms: dict[str, Tensor]) -> dict[str, float]:
         values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
         for name, value in values.items():
             if not _finite(value):
+                if self.answer is not None and not bool(self.answer.logits.isfinite().all()):
+                    raise TrainingDiverged(
+                        f"the teacher's outputs are not finite at step {self.step}",
+                        where=self.job.name,
+                        expected="finite outputs",
+                        hint=f"check its weights, teacher.mean and teacher.std; if it answers in bf16: -o {self.job.name}.autocast=off",
+                    )
                 rate = self._rate(self.step)
                 before = self.last_finite.get(name)
                 raise TrainingDiverged(
