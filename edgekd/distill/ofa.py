@@ -53,12 +53,11 @@ class OFA:
         self.explicit = config
 
     def setup(self, student: Side, teacher: Side) -> nn.Module:
-        """One branch a stage, by the student's family."""
+        """One branch a stage, by the kind of its features."""
         from edgekd.models.projectors import ofa_branches  # torch stays out of the CLI's start
-        from edgekd.models.taps import family
 
         widths = student.num_features, teacher.num_features
-        self.branches = ofa_branches(student.taps, family(student.taps, student.model), widths, student.num_classes, self.config.stages)
+        self.branches = ofa_branches(student.taps, widths, student.num_classes, self.config.stages)
         self.explicit = self.config.model_copy(update={"stages": tuple(stage_of(student.taps, int(tap)) for tap in self.branches)})
         return self.branches
 

@@ -13,16 +13,17 @@ from edgekd.models.taps import STAGES, Tap
 _FINAL_GRID = 7  # token maps are merged down to 7 x 7 (OFAKD)
 
 
-def ofa_branches(taps: tuple[Tap, ...], kind: str, widths: tuple[int, int], classes: int, stages: tuple[int, ...]) -> nn.ModuleDict:
+def ofa_branches(taps: tuple[Tap, ...], widths: tuple[int, int], classes: int, stages: tuple[int, ...]) -> nn.ModuleDict:
     """A classifier branch for each asked stage, keyed by the index of its tap; raises UsageError where no stage is there.
 
-    taps, kind: of the student (`models.taps`); widths: of the last features of student and teacher.
+    taps: of the student, maps and tokens may be mixed; widths: of the last features of student and teacher.
     """
     missing = STAGES - len(taps)  # a model with fewer stages has the last ones
     branches = nn.ModuleDict()
     for stage in (s for s in stages if s > missing):
         tap = taps[stage - 1 - missing]
-        branch = _cnn_branch(tap, stage, max(widths), classes) if kind == "cnn" else _token_branch(tap, stage, widths[0], classes)
+        maps = tap.layout == "NCHW"
+        branch = _cnn_branch(tap, stage, max(widths), classes) if maps else _token_branch(tap, stage, widths[0], classes)
         branches[str(stage - 1 - missing)] = branch
     if not branches:
         raise UsageError(f"none of the stages {list(stages)} exists in the student", expected=f"stages among {missing + 1} to {STAGES}")
@@ -59,16 +60,17 @@ class PatchMerging(nn.Module):
 class TokenBranch(nn.Module):
     """Merged patch tokens -> transformer blocks -> class token, or the mean where there is none -> logits."""
 
-    def __init__(self, tap: Tap, mergers: nn.Module, blocks: nn.Module, head: nn.Module):
+    def __init__(self, tap: Tap, width: int, mergers: nn.Module, blocks: nn.Module, head: nn.Module):
         super().__init__()
         self.prefix, self.mergers, self.blocks, self.head = tap.prefix, mergers, blocks, head
+        # The class token passes by the merging, so it must have the width already: in a hierarchy it has not, and is left out.
+        self.joined = bool(tap.prefix) and tap.channels == width
 
     def forward(self, features: Tensor) -> Tensor:
         tokens = features.flatten(1, 2) if features.ndim == 4 else features  # Swin gives (batch, h, w, c)
         merged = self.mergers(tokens[:, self.prefix :])
-        # Without class tokens there is nothing to join, and a hierarchy's tokens are narrower than the merged ones.
-        x = self.blocks(torch.cat([tokens[:, : self.prefix], merged], dim=1) if self.prefix else merged)
-        out: Tensor = self.head(x[:, 0] if self.prefix else x.mean(1))
+        x = self.blocks(torch.cat([tokens[:, : self.prefix], merged], dim=1) if self.joined else merged)
+        out: Tensor = self.head(x[:, 0] if self.joined else x.mean(1))
         return out
 
 
@@ -90,8 +92,9 @@ def _token_branch(tap: Tap, stage: int, width: int, classes: int) -> nn.Module:
         mergers.append(PatchMerging((grid[0] >> i, grid[1] >> i), tap.channels if i == 0 else width, width, act))
     if not merges and tap.channels != width:  # a hierarchical student on small images: nothing merged, so only the width is met
         mergers.append(nn.Linear(tap.channels, width, bias=False))
-    blocks = nn.Sequential(*[Block(width, num_heads=4) for _ in range(max(STAGES - stage, 1))])
-    return TokenBranch(tap, mergers, blocks, nn.Linear(width, classes))
+    heads = next(n for n in (4, 2, 1) if width % n == 0)
+    blocks = nn.Sequential(*[Block(width, num_heads=heads) for _ in range(max(STAGES - stage, 1))])
+    return TokenBranch(tap, width, mergers, blocks, nn.Linear(width, classes))
 
 
 def _initialise(module: nn.Module) -> None:

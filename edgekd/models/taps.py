@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edgekd.errors import UsageError
 
 STAGES = 4
+_BATCH = 2  # what merges windows or heads into the batch has another length
 # Block boundaries of a uniform network: those of a 2-2-6-2 hierarchy, which gives blocks 1, 3, 9 and 11 of twelve (OFA's taps).
 _BOUNDARIES = (1 / 6, 1 / 3, 5 / 6, 1.0)
 
@@ -46,6 +47,7 @@ class TappedModel:
 
     def __init__(self, model: nn.Module, taps: tuple[Tap, ...], classifier: str | None = None):
         self.model, self.taps, self._seen, self._read = model, taps, {}, []  # type: ignore[var-annotated]
+        self._batch = 0
         modules = dict(model.named_modules())
         self._handles = [modules[t.module].register_forward_hook(self._keep(t.module)) for t in taps]
         if classifier is not None:
@@ -54,6 +56,7 @@ class TappedModel:
     def __call__(self, images: Tensor) -> Seen:
         self._seen.clear()
         self._read.clear()
+        self._batch = len(images)
         logits = self.model(images)
         return Seen(logits, tuple(self._seen[t.module] for t in self.taps), self._read[-1] if self._read else None)
 
@@ -63,8 +66,9 @@ class TappedModel:
             handle.remove()
 
     def _keep(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            self._seen[name] = output
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if (features := _features(output, self._batch)) is not None:
+                self._seen[name] = features
 
         return hook
 
@@ -76,9 +80,9 @@ def stage_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
     """Up to four taps, shallow to deep."""
     shapes = _trace(model, image_size)
     info = _feature_modules(model)
-    named = [name for name in info if name in shapes]
+    named = [name for name in dict.fromkeys(info) if name in shapes]
     if not named:  # a model without timm's interface
-        return tuple(_tap(model, name, shapes[name]) for name in _by_stride(shapes)[-STAGES:])
+        return tuple(_by_stride(model, shapes)[-STAGES:])
     taps = [_tap(model, name, shapes[name]) for name in named]
     if len({t.grid for t in taps}) == 1:  # uniform: ViT, Mixer
         return tuple(taps[i] for i in _uniform(len(taps)))
@@ -136,9 +140,13 @@ def family(taps: tuple[Tap, ...], model: nn.Module) -> str:
         return "mlp"
     if taps[-1].layout == "NCHW":
         return "cnn"
-    if taps[-1].layout == "NHWC":
+    if taps[-1].layout == "NHWC" or len({t.grid for t in taps}) > 1:
         return "swin"
-    return "vit" if any("att" in type(m).__name__.lower() for m in model.modules()) else "mlp"
+    return "vit" if any(_attends(m) for m in model.modules()) else "mlp"
+
+
+def _attends(module: nn.Module) -> bool:
+    return "att" in type(module).__name__.lower() or hasattr(module, "num_heads")
 
 
 def _uniform(depth: int) -> list[int]:
@@ -155,20 +163,28 @@ def _feature_modules(model: nn.Module) -> list[str]:
 
 
 def _trace(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Output shapes of all modules that give one 3- or 4-dimensional tensor, in execution order."""
+    """Shapes of the features that modules give, in execution order."""
     shapes: dict[str, tuple[int, ...]] = {}
     with _hooks(model, shapes), torch.no_grad(), _evaluating(model):
-        model(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
+        model(torch.zeros(_BATCH, 3, image_size, image_size, device=next(model.parameters()).device))
     return shapes
+
+
+def _features(output: object, batch: int) -> Tensor | None:
+    """The features among what a module gives: a tensor of the batch with positions; of several (with the class token, sizes, skips) the first."""
+    if isinstance(output, Tensor):
+        return output if output.ndim in (3, 4) and len(output) == batch else None
+    found = (_features(part, batch) for part in output) if isinstance(output, tuple | list) else ()
+    return next((f for f in found if f is not None), None)
 
 
 @contextmanager
 def _hooks(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iterator[None]:
     def note(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.ndim in (3, 4):
+            if (features := _features(output, _BATCH)) is not None:
                 shapes.pop(name, None)  # keeps the order of the last call
-                shapes[name] = tuple(output.shape)
+                shapes[name] = tuple(features.shape)
 
         return hook
 
@@ -191,24 +207,29 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _tap(model: nn.Module, name: str, shape: tuple[int, ...]) -> Tap:
+    """Images are square, and so are grids: that tells layouts apart, and tokens before the patches from patches."""
     if len(shape) == 3:
         own = int(getattr(model, "num_prefix_tokens", 0))
-        # Some models (CaiT, XCiT) join the class token after these blocks only: images are square, so the patch tokens are too.
-        prefix = next((n for n in (own, 0) if math.isqrt(shape[1] - n) ** 2 == shape[1] - n), own)
+        # Some models (CaiT, XCiT) join the class token after these blocks only, some (CoaT, CrossViT) do not say that they have one.
+        prefix = next((n for n in (own, 0, 1) if math.isqrt(shape[1] - n) ** 2 == shape[1] - n), own)
         side = math.isqrt(shape[1] - prefix)
         return Tap(name, "NLC", shape[2], (side, (shape[1] - prefix) // max(side, 1)), prefix)
-    if getattr(model, "output_fmt", None) == "NHWC":
+    if getattr(model, "output_fmt", None) == "NHWC" or shape[1] == shape[2] != shape[3]:
         return Tap(name, "NHWC", shape[3], (shape[1], shape[2]))
     return Tap(name, "NCHW", shape[1], (shape[2], shape[3]))
 
 
-def _by_stride(shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The last module at each resolution, where the resolution changes."""
-    last: dict[tuple[int, ...], str] = {}
-    for name, shape in shapes.items():
-        if (len(shape) == 4 and min(shape[2:]) > 1) or len(shape) == 3:
-            last[shape[2:] if len(shape) == 4 else shape[1:2]] = name
-    if len(last) > 1:
+def _by_stride(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[Tap]:
+    """The last module at each resolution, where the resolution changes; of a network with one resolution, blocks as of a uniform one."""
+    inside = [f"{name}." for name, module in model.named_modules() if name and "att" in type(module).__name__.lower()]
+    taps = [_tap(model, name, shape) for name, shape in shapes.items() if not name.startswith(tuple(inside))]
+    taps = [t for t in taps if t.grid[0] == t.grid[1] > 1]
+    last: dict[int, Tap] = {}
+    for tap in taps:
+        last.pop(tap.grid[0], None)
+        last[tap.grid[0]] = tap
+    if len(last) != 1:
         return list(last.values())
-    blocks = [n for n, s in shapes.items() if n.rpartition(".")[2].isdigit() and s == shapes[next(iter(last.values()))]] if last else []
-    return [blocks[i] for i in _uniform(len(blocks))] if blocks else list(last.values())
+    [end] = last.values()
+    blocks = [t for t in taps if t.module.rpartition(".")[2].isdigit() and (t.layout, t.channels) == (end.layout, end.channels)]
+    return [blocks[i] for i in _uniform(len(blocks))] if blocks else [end]

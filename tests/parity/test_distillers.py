@@ -401,7 +401,7 @@ def test_huge_logits_stay_finite_where_the_references_log_of_a_softmax_does_not(
 # ---------------------------------------------------------------------------------------------------------- OFA branches
 def test_a_cnn_branch_has_the_papers_shape_and_size() -> None:
     taps = tuple(Tap(f"layer{i + 1}", "NCHW", c, (g, g)) for i, (c, g) in enumerate([(64, 56), (128, 28), (256, 14), (512, 7)]))
-    branches = ofa_branches(taps, "cnn", (512, 192), 100, (1, 2, 3, 4))
+    branches = ofa_branches(taps, (512, 192), 100, (1, 2, 3, 4))
     first = branches["0"]
     assert [m.__class__ for m in first[:3]] == [SepConv] * 3
 
@@ -419,7 +419,7 @@ def test_a_cnn_branch_has_the_papers_shape_and_size() -> None:
 
 def test_a_token_branch_merges_patches_and_keeps_the_class_token() -> None:
     taps = tuple(Tap(f"blocks.{i}", "NLC", 192, (14, 14), prefix=1) for i in (1, 3, 9, 11))
-    branches = ofa_branches(taps, "vit", (192, 512), 10, (1, 4))
+    branches = ofa_branches(taps, (192, 512), 10, (1, 4))
     branch = branches["0"]
     assert len(branch.mergers) == 1
     assert len(branch.blocks) == 3

@@ -153,7 +153,7 @@ def test_a_pruned_model_is_tapped_with_the_widths_that_it_has() -> None:
 def test_ofa_branches_of_each_family_learn_and_pass_gradients_to_the_student(arch: str) -> None:
     model, size, classes = model_of(arch), FAMILIES[arch][1], 7
     taps = stage_taps(model, size)
-    branches = ofa_branches(taps, family(taps, model), (taps[-1].channels, 96), classes, (1, 2, 3, 4))
+    branches = ofa_branches(taps, (taps[-1].channels, 96), classes, (1, 2, 3, 4))
     assert len(branches) == len(taps)
     tapped = TappedModel(model, taps)
     _, features, _ = tapped(torch.randn(2, 3, size, size))
@@ -172,7 +172,7 @@ def test_ofa_branches_of_each_family_learn_and_pass_gradients_to_the_student(arc
 def test_branches_take_grids_that_do_not_halve_evenly(side: int) -> None:
     """A ViT at 240 pixels has 15 x 15 patches."""
     tap = Tap("blocks.0", "NLC", 16, (side, side), 1)
-    branches = ofa_branches((tap,) * 4, "vit", (16, 16), 5, (1, 4))
+    branches = ofa_branches((tap,) * 4, (16, 16), 5, (1, 4))
     for branch in branches.values():
         assert branch(torch.randn(2, 1 + side * side, 16)).shape == (2, 5)
 
@@ -186,6 +186,34 @@ def test_merging_joins_two_by_two_neighbours_and_leaves_an_odd_edge_out() -> Non
 
 def test_a_stage_that_a_shallow_student_lacks_is_refused() -> None:
     taps = stage_taps(model_of("resnet20_cifar"), 32)  # three stages: those count as 2, 3 and 4
-    assert list(ofa_branches(taps, "cnn", (64, 64), 10, (1, 2))) == ["0"]
+    assert list(ofa_branches(taps, (64, 64), 10, (1, 2))) == ["0"]
     with pytest.raises(UsageError, match=r"none of the stages \[1\] exists"):
-        ofa_branches(taps, "cnn", (64, 64), 10, (1,))
+        ofa_branches(taps, (64, 64), 10, (1,))
+
+
+@pytest.mark.parametrize(
+    ("arch", "args", "size", "kind", "layouts", "grids"),
+    [
+        ("levit_128s", {"img_size": 128}, 128, "swin", "NLC NLC NLC", [8, 4, 2]),  # tokens whose number falls
+        ("efficientformer_l1", {"depths": (1, 1, 1, 1), "num_vit": 1}, 224, "swin", "NCHW NCHW NCHW NLC", [56, 28, 14, 7]),  # maps, then tokens
+        ("pit_ti_224", {"img_size": 96, "depth": (1, 1, 1)}, 96, "cnn", "NCHW NCHW NCHW", [11, 6, 3]),  # stages give (map, class token)
+        ("tnt_s_patch16_224", {"img_size": 64, "depth": 4}, 64, "vit", "NLC NLC NLC NLC", [4, 4, 4, 4]),  # blocks give (pixels, patches)
+        ("convit_tiny", {"img_size": 64, "depth": 4}, 64, "vit", "NLC NLC NLC NLC", [4, 4, 4, 4]),  # attention by other names
+        ("volo_d1_224", {"img_size": 64}, 64, "swin", "NHWC NHWC NHWC NHWC", [8, 4, 4, 4]),  # does not say its layout
+        ("coat_lite_tiny", {"img_size": 64}, 64, "swin", "NLC NLC NLC NLC", [16, 8, 4, 2]),  # no feature_info; a class token that it does not name
+        ("twins_svt_small", {"img_size": 64, "depths": (1, 1, 1, 1)}, 64, "swin", "NLC NLC NLC NLC", [16, 8, 4, 2]),
+    ],
+)
+def test_models_that_give_more_than_one_plain_map_are_tapped_too(
+    arch: str, args: dict[str, Any], size: int, kind: str, layouts: str, grids: list[int]
+) -> None:
+    model = timm.create_model(arch, num_classes=10, **args).eval()
+    taps = stage_taps(model, size)
+    assert [t.layout for t in taps] == layouts.split()
+    assert [t.grid for t in taps] == [(g, g) for g in grids]
+    assert family(taps, model) == kind
+    with torch.no_grad():
+        _, features, _ = TappedModel(model, taps)(torch.randn(3, 3, size, size))
+    assert [tuple(f.shape) for f in features] == [shape(t, 3) for t in taps]
+    branches = ofa_branches(taps, (taps[-1].channels, 96), 7, (1, 2, 3, 4))
+    assert [tuple(b(features[int(i)]).shape) for i, b in branches.items()] == [(3, 7)] * len(taps)
