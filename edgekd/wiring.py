@@ -147,19 +147,22 @@ def _traced(settings: Settings, pair: Pair) -> tuple[Settings, list[dict[str, An
     distiller = registry.load("distill", str(settings.method))(settings.method_config)
     found = links(distiller, pair.student, pair.teacher, pair.images)
     explicit = replace(settings, method_config=getattr(distiller, "explicit", distiller.config))
-    rows = [_row(settings, link, *pair.sides) for link in found]
-    idle = [f"{settings.name}: nothing of the teacher changes '{link.term}': it teaches nothing" for link in found if not link.teacher]
+    own = "modules" in distiller.needs  # reads the teacher where it likes
+    rows = [_row(settings, link, *pair.sides, inside=own) for link in found]
+    idle = [
+        f"{settings.name}: nothing of the teacher changes '{link.term}': it teaches nothing" for link in found if not (link.teacher or own)
+    ]
     return explicit, rows, idle + [f"{settings.name}: {text}" for text in cautions(str(settings.method), distiller, pair.facts)]
 
 
-def _row(settings: Settings, link: Link, student: Side, teacher: Side) -> dict[str, Any]:
+def _row(settings: Settings, link: Link, student: Side, teacher: Side, *, inside: bool) -> dict[str, Any]:
     layers = ", ".join(f"{count} {kind}" for kind, count in link.layers.items())
     return {
         "step": settings.name,
         "method": _shown(settings),
         "term": link.term,
         "student": _words(link.student, student),
-        "teacher": _words(link.teacher, teacher),
+        "teacher": _words(link.teacher, teacher) or ("its layers" if inside else ""),
         "projector": f"{layers}: {link.parameters} parameters" if layers else "",
     }
 

@@ -66,9 +66,10 @@ def _noise(spec: ModelSpec) -> Tensor:
 
 def _links(distiller: Distiller, wired: Wired, student: ModelSpec, teacher: ModelSpec) -> list[Link]:
     with torch.no_grad():
-        given, answer = (
-            Outputs.of(*model(_noise(spec)), copy=True) for model, spec in ((wired.student, student), (wired.teacher, teacher))
-        )
+        seen, answer = (Outputs.of(*model(_noise(spec)), copy=True) for model, spec in ((wired.student, student), (wired.teacher, teacher)))
+    # noise of the same shapes: an untrained classifier may give zeros, for which every teacher is as good
+    embedding = None if seen.embedding is None else torch.randn_like(seen.embedding)
+    given = Outputs(torch.randn_like(seen.logits), tuple(map(torch.randn_like, seen.taps)), embedding)
     leaves = dict(_places(given))
     for leaf in leaves.values():
         leaf.requires_grad_()

@@ -195,12 +195,26 @@ def test_a_stage_that_a_shallow_student_lacks_is_refused() -> None:
     ("arch", "args", "size", "kind", "layouts", "grids"),
     [
         ("levit_128s", {"img_size": 128}, 128, "swin", "NLC NLC NLC", [8, 4, 2]),  # tokens whose number falls
-        ("efficientformer_l1", {"depths": (1, 1, 1, 1), "num_vit": 1}, 224, "swin", "NCHW NCHW NCHW NLC", [56, 28, 14, 7]),  # maps, then tokens
+        (
+            "efficientformer_l1",
+            {"depths": (1, 1, 1, 1), "num_vit": 1},
+            224,
+            "swin",
+            "NCHW NCHW NCHW NLC",
+            [56, 28, 14, 7],
+        ),  # maps, then tokens
         ("pit_ti_224", {"img_size": 96, "depth": (1, 1, 1)}, 96, "cnn", "NCHW NCHW NCHW", [11, 6, 3]),  # stages give (map, class token)
         ("tnt_s_patch16_224", {"img_size": 64, "depth": 4}, 64, "vit", "NLC NLC NLC NLC", [4, 4, 4, 4]),  # blocks give (pixels, patches)
         ("convit_tiny", {"img_size": 64, "depth": 4}, 64, "vit", "NLC NLC NLC NLC", [4, 4, 4, 4]),  # attention by other names
         ("volo_d1_224", {"img_size": 64}, 64, "swin", "NHWC NHWC NHWC NHWC", [8, 4, 4, 4]),  # does not say its layout
-        ("coat_lite_tiny", {"img_size": 64}, 64, "swin", "NLC NLC NLC NLC", [16, 8, 4, 2]),  # no feature_info; a class token that it does not name
+        (
+            "coat_lite_tiny",
+            {"img_size": 64},
+            64,
+            "swin",
+            "NLC NLC NLC NLC",
+            [16, 8, 4, 2],
+        ),  # no feature_info; a class token that it does not name
         ("twins_svt_small", {"img_size": 64, "depths": (1, 1, 1, 1)}, 64, "swin", "NLC NLC NLC NLC", [16, 8, 4, 2]),
     ],
 )

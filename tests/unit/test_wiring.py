@@ -59,6 +59,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("kd", [("kd", "logits", "logits")]),
         ("ofa", [("logits", "logits", "logits"), *((f"ofa{n}", f"stage {n}", "logits") for n in (1, 2, 3, 4))]),
         ("rsd", [("rsd", "embedding", "embedding")]),
+        ("cakd", [("attention", "stage 2", "its layers"), ("tokens", "stage 2", "stage 4")]),
         ("nd", [("nd", "embedding", "embedding")]),
         ("[dkd, crd]", [("dkd.target", "logits", "logits"), ("dkd.rest", "logits", "logits"), ("crd", "embedding", "embedding")]),
     ],
