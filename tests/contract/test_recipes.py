@@ -70,7 +70,7 @@ def commands() -> list[str]:
 @pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
 def test_readme_shows_the_main_commands() -> None:
     shown = {shlex.split(c)[1] for c in commands()}
-    assert {"compress", "check", "plan", "prune", "quantize", "export", "import", "profile", "predict", "verify"} <= shown
+    assert {"compress", "check", "plan", "prune", "quantize", "export", "import", "profile", "predict", "verify", "wire"} <= shown
 
 
 @pytest.mark.parametrize("line", commands())
