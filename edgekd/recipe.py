@@ -483,6 +483,11 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         bad(("model",), "expected either arch or onnx")
     if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.weights is None and not recipe.teacher.pretrained:
         bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+    for section, model in (("model", recipe.model), ("teacher", recipe.teacher)):
+        if model is not None and model.classes and model.arch is not None and model.weights is None and not model.pretrained:
+            bad((section, "classes"), "they name the outputs of given weights, and none are given")
+        if model is not None and len(set(model.classes)) < len(model.classes):
+            bad((section, "classes"), "a name is there twice")
     if recipe.samples is not None:
         for name in [s.name for _, s in stages] + (["teacher"] if recipe.teacher is not None else []):
             bad(("samples",), f"'{name}' needs data, and generated samples have no labels; give data instead")

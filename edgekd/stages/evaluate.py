@@ -70,6 +70,8 @@ class Evaluate:
                 wrong, where=settings.name, expected="one output a class", hint="another model, or the folder it was trained on"
             )
         metrics = task.metrics(outputs, labels, teacher)
+        if config.above_chance and hasattr(task, "order") and (order := task.order(outputs, labels)):
+            raise _other_order([dataset.classes[i] for i in order], settings.name)
         if config.above_chance and hasattr(task, "chance"):
             _assert_above_chance(metrics[task.metric_name], task.chance(labels), len(labels), settings.name)
         np.save(out / OUTPUTS, outputs)
@@ -83,6 +85,17 @@ class Evaluate:
         }
         (out / METRICS).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
         return {task.metric_name: metrics[task.metric_name]}
+
+
+def _other_order(classes: list[str], name: str) -> InputRefused:
+    """The refusal of a model that knows the classes by other numbers, with the mapping that the answers show."""
+    teacher = name.removesuffix(".val")
+    return InputRefused(
+        "on val its answers are right in another order of the classes than the data's",
+        where=teacher,
+        expected="outputs in the order of the data's classes",
+        hint=f"say what they are: -o {teacher}.classes={json.dumps(classes, ensure_ascii=False)}; --no-gate goes on",
+    )
 
 
 def _assert_above_chance(metric: float, chance: float, samples: int, name: str) -> None:

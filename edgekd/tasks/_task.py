@@ -40,9 +40,10 @@ class Task(Protocol):
     def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]] | None:
         """Counts by true row and decided column, or None where the task has none."""
 
-    # Three more, which a task may leave out:
+    # Four more, which a task may leave out:
     #   clear(outputs, room) -> (n,) bool: the samples whose answer stays when every output is off by `room`; agreement is judged on these
     #   misfit(outputs, classes) -> str | None: why these outputs cannot belong to data of so many classes, in a sentence
+    #   order(outputs, labels) -> list[int] | None: which class each output stands for, where that is clearly not the class of its number
     #   chance(labels) -> float: the metric of a model that knows nothing but how often each answer is right
 
     def postprocess(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A teacher as it must not be: fed with another model's images, silent about numbers that are none, or no better than its student."""
+"""A teacher as it must not be: fed with another model's images, with numbers that are none, other labels, or no better than its student."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from edgekd.console import Console
 from edgekd.context import Context
 from edgekd.data.config import DataConfig
 from edgekd.data.dataset import Dataset, build
-from edgekd.errors import TrainingDiverged
+from edgekd.errors import InputRefused, TrainingDiverged
 from edgekd.lessons import lessons
 from edgekd.models import build as models
+from edgekd.models.labels import in_order_of
 from edgekd.models.spec import ModelConfig, ModelSpec
 from edgekd.stages._stage import DECISION, Settings
 from edgekd.stages.preflight import Preflight, Probe
@@ -29,6 +30,7 @@ from edgekd.train.config import TrainConfig
 from edgekd.train.loop import Job, Speed, Teacher, fit
 from edgekd.train.pair import teach
 from edgekd.train.views import View
+from tests.support import Result, run_here, write_images
 
 SMALL = ModelConfig(arch="resnet10t", args={"channels": [8, 8, 16, 16]})
 TOKENS = ModelConfig(arch="vit_tiny_patch16_224", args={"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 4})
@@ -144,6 +146,119 @@ def test_preflight_writes_down_what_is_known_to_go_wrong(data: Artifact, tmp_pat
 def test_preflight_knows_the_teachers_smoothing(data: Artifact, tmp_path: Path, ctx: Context) -> None:
     [smoothed] = flight(data, tmp_path, ctx, saved(tmp_path / "teacher", SMALL), SMALL, "kd", teacher_smoothing=0.1)
     assert smoothed.startswith("distill: kd has temperature 4")
+
+
+# ------------------------------------------------------------------------------------------------------------ other classes, another order
+@pytest.mark.parametrize("config", [SMALL, TOKENS, ModelConfig(arch="mobilenetv3_small_050"), ModelConfig(arch="repghostnet_050")])
+def test_weights_of_other_classes_answer_in_the_datas_order(config: ModelConfig) -> None:
+    spec = models.make_spec(config, num_classes=6, image_size=32)
+    model = models.build(spec).eval()
+    ordered, fewer = in_order_of(model, spec, "abcdef", "eba")
+    assert fewer.num_classes == 3
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(ordered.eval()(images), model(images)[:, [4, 1, 0]], atol=1e-6)
+
+
+def test_a_class_that_the_weights_do_not_know_is_refused_with_the_datas_classes() -> None:
+    spec = models.make_spec(SMALL, num_classes=3, image_size=32)
+    with pytest.raises(InputRefused, match="the weights know no class 'dog' and 1 more") as caught:
+        in_order_of(models.build(spec), spec, ["cat", "cow", "hen"], ["cow", "dog", "pig"])
+    assert "cow, dog, pig" in str(caught.value.hint)
+
+
+def test_a_model_with_two_classifiers_cannot_be_put_in_order() -> None:
+    config = ModelConfig(arch="deit_tiny_distilled_patch16_224", args=TOKENS.args)
+    spec = models.make_spec(config, num_classes=4, image_size=32)
+    for wanted in ("abc", "dcba"):
+        with pytest.raises(InputRefused, match="cannot be put in another order"):
+            in_order_of(models.build(spec), spec, "abcd", wanted)
+
+
+def answers_of(labels: np.ndarray[Any, Any], order: list[int], right: float) -> np.ndarray[Any, Any]:
+    """Outputs whose number `i` stands for class order[i], right for that share of the images."""
+    rng, numbers = np.random.default_rng(0), np.argsort(order)
+    said = np.where(rng.random(len(labels)) < right, numbers[labels], rng.integers(0, len(order), len(labels)))
+    return np.eye(len(order), dtype=np.float32)[said]
+
+
+@pytest.mark.parametrize(
+    ("order", "right", "found"),
+    [
+        ([2, 0, 1, 4, 3], 0.9, True),  # all of them elsewhere
+        ([1, 0, 2, 3, 4], 0.95, True),  # two swapped: far above chance, and still wrong
+        ([0, 1, 2, 3, 4], 0.9, False),
+        ([2, 0, 1, 4, 3], 0.2, False),  # knows too little to tell
+        ([0, 1, 2, 3, 4], 0.0, False),  # guesses
+    ],
+)
+def test_another_order_is_seen_only_where_the_answers_show_it(order: list[int], right: float, found: bool) -> None:
+    labels = np.sort(np.arange(300) % 5)
+    assert Classification().order(answers_of(labels, order, right), labels) == (order if found else None)
+
+
+NET = """import torch
+from timm.models import register_model
+
+class Colour(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = torch.nn.Linear(3, num_classes)
+    def forward(self, images):
+        return self.head(images.mean((2, 3)))
+
+@register_model
+def colour_net(pretrained=False, num_classes=3, **_):
+    return Colour(num_classes)
+"""
+COLOURS = """version: 1
+data: {format: image_folder, root: data, image_size: 32}
+teacher: {arch: colour_net, weights: teacher.safetensors, mean: [0.5, 0.5, 0.5], std: [0.1, 0.1, 0.1]}
+model: {arch: resnet10t, args: {channels: [8, 8, 16, 16]}}
+stages:
+  - distill: {method: kd, epochs: 1}
+"""
+
+
+@pytest.fixture
+def colours(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a teacher whose outputs are these classes, with these overrides."""
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data", each=40)
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "r.yaml").write_text(COLOURS)
+
+    def run(classes: list[int], *more: str) -> Result:
+        rows = torch.eye(3)[[c % 3 for c in classes]] * torch.tensor([[0.0 if c > 2 else 9.0] for c in classes])
+        save_file({"head.weight": rows, "head.bias": torch.tensor([-99.0 if c > 2 else 0.0 for c in classes])}, "teacher.safetensors")
+        return run_here("compress", "r.yaml", "--code", "net.py", *(x for o in more for x in ("-o", o)))
+
+    return run
+
+
+def test_a_teacher_with_another_order_of_labels_is_3_and_the_mapping_is_offered(colours: Any, quick: None) -> None:
+    result = colours([1, 2, 0])
+    assert result.code == 3, result.text
+    assert "right in another order of the classes" in result.err
+    offered = '-o teacher.classes=["class1", "class2", "class0"]'
+    assert offered in result.err
+    mapped = colours([1, 2, 0], offered.removeprefix("-o "), "stages=[{distill: {method: kd, epochs: 1, name: learnt}}]")
+    assert mapped.code in (0, 4), mapped.text
+
+
+def test_a_teacher_with_more_classes_is_3_and_says_how_to_name_them(colours: Any) -> None:
+    result = colours([0, 3, 1, 2])
+    assert result.code == 3, result.text
+    assert "head.weight [4, 3] instead of [3, 3]" in result.err
+    assert "-o teacher.classes=[A,B]" in result.err
+
+
+def test_names_of_outputs_without_weights_are_2(tmp_path: Path) -> None:
+    result = run_here("check", "quickstart", "-o", "teacher.classes=[a, b]")
+    assert result.code == 2
+    assert "they name the outputs of given weights, and none are given" in result.err
 
 
 # ------------------------------------------------------------------------------------------------------------ no better than the student
