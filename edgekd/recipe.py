@@ -483,6 +483,8 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         bad(("model",), "expected either arch or onnx")
     if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.weights is None and not recipe.teacher.pretrained:
         bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+    if recipe.model.image_size is not None:
+        bad(("model", "image_size"), "the student takes images of data.image_size; give that")
     for section, model in (("model", recipe.model), ("teacher", recipe.teacher)):
         if model is not None and model.classes and model.arch is not None and model.weights is None and not model.pretrained:
             bad((section, "classes"), "they name the outputs of given weights, and none are given")

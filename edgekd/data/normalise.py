@@ -11,9 +11,16 @@ if TYPE_CHECKING:
 
 
 def normalised(pixels: NDArray[np.uint8], facts: Mapping[str, Any]) -> NDArray[np.float32]:
-    """(batch, h, w, 3) uint8 -> (batch, 3, h, w) float32: pixel / 255, minus mean, over std."""
+    """(batch, h, w, 3) uint8 -> (batch, 3, h, w) float32: pixel / 255, minus mean, over std; brought to the model's own size, where it has one."""
     import numpy as np
 
+    size = facts.get("image_size", pixels.shape[1])
+    if pixels.shape[1] != size:
+        from PIL import Image
+
+        from edgekd.data.preprocess import preprocess
+
+        pixels = np.stack([preprocess(Image.fromarray(p), size, "squash", "bilinear") for p in pixels])
     mean, std = np.asarray(facts["mean"], np.float32), np.asarray(facts["std"], np.float32)
     x = (pixels.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))

@@ -27,12 +27,12 @@ _SPEC_METADATA = "edgekd.spec"
 
 
 def make_spec(config: ModelConfig, *, num_classes: int, image_size: int) -> ModelSpec:
-    """The spec of a freshly created architecture; mean and std are its own unless the recipe gives others."""
+    """The spec of a freshly created architecture; mean and std are its own, and the size is the data's, unless the recipe gives others."""
     if config.arch is None:
         raise UsageError("the model has no architecture", expected="arch: NAME", hint="list them: edgekd methods list architectures")
     defaults = architecture_defaults(config.arch)
     mean, std = config.mean or defaults.get("mean", (0.5, 0.5, 0.5)), config.std or defaults.get("std", (0.5, 0.5, 0.5))
-    shape = {"arch": config.arch, "args": config.args, "num_classes": num_classes, "image_size": image_size}
+    shape = {"arch": config.arch, "args": config.args, "num_classes": num_classes, "image_size": config.image_size or image_size}
     return ModelSpec(**shape, mean=mean, std=std, timm=version("timm"), code=user_source(config.arch))
 
 

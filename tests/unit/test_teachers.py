@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from edgekd.console import Console
 from edgekd.context import Context
 from edgekd.data.config import DataConfig
 from edgekd.data.dataset import Dataset, build
+from edgekd.data.normalise import normalised
 from edgekd.errors import InputRefused, TrainingDiverged
 from edgekd.lessons import lessons
 from edgekd.models import build as models
@@ -95,6 +97,25 @@ def test_each_model_of_a_pair_is_fed_with_its_own_mean_deviation_and_size(data: 
     pixels = mine * 0.25 + 0.5
     resized = nn.functional.interpolate(pixels, (48, 48), mode="bilinear", antialias=True, align_corners=False)
     assert torch.allclose(its, (resized - 0.1) / 0.5, atol=1e-5)
+
+
+def test_what_is_evaluated_is_brought_to_the_models_own_size_as_in_training() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    spec = spec_of(48, 0.1, 0.5)
+    found = normalised(pixels, {"image_size": 48, "mean": spec.mean, "std": spec.std})
+    trained = View(spec)(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    assert found.shape == (2, 3, 48, 48)
+    assert float(np.abs(found - trained.numpy()).max()) <= 1.1 / 255 / 0.5  # it rounds to bytes
+
+
+def test_a_teacher_may_take_larger_images_than_the_data_and_the_student_may_not(tmp_path: Path) -> None:
+    taken = ("-o", "teacher.args={}", "-o", "teacher.image_size=224")
+    result = run_here("wire", "quickstart", *taken, "--json")
+    assert result.code == 0, result.text
+    assert [m["input"] for m in result.json()["models"]] == [224, 32]
+    refused = run_here("check", "quickstart", "-o", "model.image_size=64")
+    assert refused.code == 2
+    assert "the student takes images of data.image_size" in refused.err
 
 
 # ------------------------------------------------------------------------------------------------------------ not finite
@@ -246,6 +267,14 @@ def test_a_teacher_with_another_order_of_labels_is_3_and_the_mapping_is_offered(
     assert offered in result.err
     mapped = colours([1, 2, 0], offered.removeprefix("-o "), "stages=[{distill: {method: kd, epochs: 1, name: learnt}}]")
     assert mapped.code in (0, 4), mapped.text
+
+
+def test_a_teacher_with_a_size_of_its_own_goes_through_the_chain(colours: Any, quick: None) -> None:
+    """Exported, evaluated and imitated at its own size."""
+    result = colours([0, 1, 2], "teacher.image_size=48")
+    assert result.code in (0, 4), result.text
+    [run] = Path("runs").glob("*/run.json")
+    assert json.loads(run.read_text())["teacher"]["metric"] == 1.0
 
 
 def test_a_teacher_with_more_classes_is_3_and_says_how_to_name_them(colours: Any) -> None:
