@@ -27,7 +27,7 @@ from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
-from edgekd.recipe import Loaded, TargetConfig
+from edgekd.recipe import Loaded, TargetConfig, TeacherConfig
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
 
@@ -322,8 +322,7 @@ class _Planner:
         student = self._add("student", "init", recipe.model, {"data": "data"}, facts=_model_facts(recipe.model))
         inputs: dict[str, Ref] = {"student": student, "data": "data"}
         if recipe.teacher is not None:
-            name = "teacher.init" if recipe.teacher.train is not None else "teacher"
-            inputs["teacher?"] = self._add(name, "init", _as_model(recipe.teacher), {"data": "data"}, facts=_model_facts(recipe.teacher))
+            inputs |= self._given_teacher(recipe.teacher)
         self._add(
             "preflight",
             "preflight",
@@ -362,24 +361,40 @@ class _Planner:
         used = {(registry.load("stage", k).method_kind, s.method) for k, s in self.loaded.stages if s.method}
         return {f"{kind}/{name}": _sha(registry.source_of(kind, name)) for kind, name in sorted(used)}
 
+    def _given_teacher(self, teacher: TeacherConfig) -> dict[str, Ref]:
+        """The teacher as it is before any training: the name that stages know it by, and its step."""
+        if teacher.onnx is not None:
+            fields = ("onnx", "mean", "std", "image_size", "outputs", "classes")
+            config = self._config("read_teacher", **{n: getattr(teacher, n) for n in fields})
+            name = self._add("teacher", "read_teacher", config, {"data": "data"}, facts=_file_facts(teacher.onnx), user=True)
+            self.plan.graphs["teacher"] = name
+            return {"black_box?": name}
+        name = "teacher.init" if teacher.train is not None else "teacher"
+        return {"teacher?": self._add(name, "init", _as_model(teacher), {"data": "data"}, facts=_model_facts(teacher))}
+
     def _teacher(self) -> None:
         teacher = self.recipe.teacher
         if teacher is not None and teacher.train is not None:
             self._learn("teacher", "train", Settings("teacher", teacher.train), "teacher.init")
-        self._measured("teacher", self._export("teacher", "teacher"))
+        self._measured("teacher", self.plan.graphs.get("teacher") or self._export("teacher", "teacher"))
+
+    def _taught(self) -> dict[str, Ref]:
+        """What a stage that imitates the teacher takes."""
+        teacher = self.recipe.teacher
+        if teacher is None:
+            return {}
+        return {"black_box?" if teacher.onnx is not None else "teacher?": "teacher"}
 
     def _learn(
         self, name: str, stage: str, settings: Settings, model: Ref, *, unless: tuple[str, Ref] | None = None, user: bool = True
     ) -> str:
         inputs: dict[str, Ref] = {"model": model, "data": "data"}
-        if stage == "distill":
-            inputs["teacher"] = "teacher"
-        elif stage == "quantize_train" and self.recipe.teacher is not None:
-            inputs["teacher?"] = "teacher"
+        if stage in ("distill", "quantize_train"):
+            inputs |= self._taught()
         config = settings.config
         if isinstance(config, TrainConfig) and "auto" in (config.autocast, config.channels_last):
             tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
-            tune_inputs = {("teacher?" if n == "teacher" else n): r for n, r in inputs.items()}
+            tune_inputs = {n: r for n, r in inputs.items() if n != "black_box?"}
             inputs["speed?"] = self._add(f"{name}.speed", "tune", tuned, tune_inputs, facts=_here(), unless=unless)
         if isinstance(config, TrainConfig) and self._can_be_kept(stage, settings, config):
             inputs["answers?"] = self._answers(stage, settings, inputs, unless)
@@ -404,7 +419,7 @@ class _Planner:
         same = [s for s in self.plan.steps if s.stage == "answers" and s.settings.config == asked and s.unless in (None, unless)]
         if same:
             return same[0].name
-        taken = {"teacher": "teacher", "data": "data"} | {n: r for n, r in inputs.items() if n == "speed?"}
+        taken = self._taught() | {"data": "data"} | {n: r for n, r in inputs.items() if n == "speed?"}
         return self._add(f"{settings.name}.answers", "answers", asked, taken, unless=unless)
 
     def _export(self, name: str, model: Ref, unless: tuple[str, Ref] | None = None) -> str:
@@ -747,7 +762,7 @@ class _Planner:
         """What the bundle says of its origin: architectures, weights and library versions."""
         recipe, found = self.recipe, {"student": self.recipe.model.arch or "an ONNX file"}
         if recipe.teacher is not None:
-            found["teacher"] = str(recipe.teacher.arch)
+            found["teacher"] = recipe.teacher.name
         return found | {name: library_version(name) for name in ("edgekd", "torch", "timm", "onnx")}
 
     def _parity(self, target: Target, graph: Ref, engine: Ref) -> str:

@@ -26,18 +26,27 @@ from edgekd.safeio.files import contained
 from edgekd.shipped import shipped_dir
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
+from edgekd.train.distiller import black_box_lack
 
 Path_ = tuple[str | int, ...]
 _MAX_EXTENDS = 8
 _RESERVED = ("student", "preflight", "shipped")  # steps and engines that every plan has
 _LISTED = re.compile(rb"^    user = True$", re.MULTILINE)
-_PATH_FIELDS = {("data", "root"), ("teacher", "weights"), ("model", "weights"), ("model", "onnx")}
+_PATH_FIELDS = {("data", "root"), ("teacher", "weights"), ("model", "weights"), ("model", "onnx"), ("teacher", "onnx")}
 
 
 class TeacherConfig(ModelConfig):
-    """The model that is imitated: given weights, trained here, or both."""
+    """The model that is imitated: an architecture with given weights, trained here, or both; or an ONNX file, of which only the outputs are known."""
 
     train: TrainConfig | None = Field(None, description="train the teacher with these settings")
+    image_size: int | None = Field(None, ge=1, le=4096, description="onnx: side of its input in pixels, where the file leaves it open")
+    outputs: Literal["auto", "logits", "probabilities"] = Field("auto", description="onnx: what it gives; auto: as the numbers say")
+    classes: tuple[str, ...] = Field((), description="onnx: names of its outputs, in its order; none: the data's classes")
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.arch or Path(str(self.onnx)).name
 
 
 class TargetConfig(Config):
@@ -472,8 +481,8 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
     """What no single section can know: stages that need what the recipe lacks, and their order."""
     if (recipe.model.arch is None) == (recipe.model.onnx is None):
         bad(("model",), "expected either arch or onnx")
-    if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.weights is None and not recipe.teacher.pretrained:
-        bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+    if recipe.teacher is not None:
+        _check_teacher(recipe.teacher, bad)
     if recipe.samples is not None:
         for name in [s.name for _, s in stages] + (["teacher"] if recipe.teacher is not None else []):
             bad(("samples",), f"'{name}' needs data, and generated samples have no labels; give data instead")
@@ -491,6 +500,8 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         at: Path_ = ("stages", i, kind)
         if kind == "distill" and recipe.teacher is None:
             bad(at, f"stage '{settings.name}' distils, and the recipe has no teacher")
+        if recipe.teacher is not None and recipe.teacher.onnx is not None and (problem := _beyond_outputs(kind, settings)):
+            bad((*at, "method" if kind == "distill" else "distiller"), problem)
         if problem := _sampled(kind, settings):
             bad((*at, "sampled_classes"), problem)
         if recipe.model.onnx is not None and kind != "quantize":
@@ -503,6 +514,41 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
             if quantized:
                 bad(at, f"stage '{settings.name}' trains the model and must be the first that quantizes")
         quantized = quantized or kind == "quantize"
+
+
+def _check_teacher(teacher: TeacherConfig, bad: Report) -> None:
+    """One kind of teacher, with the settings of that kind."""
+    if (teacher.arch is None) == (teacher.onnx is None):
+        bad(("teacher",), "expected either arch or onnx")
+    elif teacher.arch is not None:
+        if teacher.train is None and teacher.weights is None and not teacher.pretrained:
+            bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+        for name in sorted({"image_size", "outputs", "classes"} & teacher.model_fields_set):
+            bad(("teacher", name), "it is of an ONNX file; an architecture has the data's classes and size")
+    else:
+        for name in sorted({"args", "weights", "pretrained", "sha256", "train"} & teacher.model_fields_set):
+            bad(("teacher", name), "it is of an architecture; an ONNX file is run as it is")
+        if teacher.mean is None or teacher.std is None:
+            text = "an ONNX file does not say how its input is normalised: give mean and std, [0, 0, 0] and [1, 1, 1] where it does that itself"
+            bad(("teacher",), text)
+
+
+def _beyond_outputs(kind: str, settings: Settings) -> str | None:
+    """Why a stage cannot learn from a teacher of which only the outputs are known."""
+    config: Any = settings.method_config
+    if kind == "distill":
+        method, distiller = str(settings.method), registry.load("distill", str(settings.method))(config)
+    elif hasattr(config, "distiller"):
+        method, distiller = (
+            config.distiller,
+            registry.load("distill", config.distiller)(registry.load("distill", config.distiller).Config()),
+        )
+    else:
+        return None
+    if not (lack := black_box_lack(distiller)):
+        return None
+    known = [n for n in registry.names("distill") if n != "combined" and not black_box_lack(registry.load("distill", n))]
+    return f"{method} needs {lack}, and of an ONNX file only the outputs are known; methods for it: {', '.join(known)}"
 
 
 def _sampled(kind: str, settings: Settings) -> str | None:

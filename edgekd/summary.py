@@ -92,7 +92,7 @@ class _Summary:
     def _teacher(self) -> dict[str, Any] | None:
         if "teacher" not in self.plan.engines:
             return None
-        return {"arch": self.recipe.teacher.arch if self.recipe.teacher else None} | self._reference("teacher")
+        return {"arch": self.recipe.teacher.name if self.recipe.teacher else None} | self._reference("teacher")
 
     def _reference(self, name: str) -> dict[str, Any]:
         """What the result is compared with (the teacher, a baseline): metrics on test, as for what ships."""
