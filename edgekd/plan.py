@@ -20,7 +20,7 @@ from edgekd import registry
 from edgekd.artifact import Artifact, Kind, Manifest, digest_of
 from edgekd.backends import Backend
 from edgekd.config import Config, key_fields
-from edgekd.data.config import DataConfig
+from edgekd.data.config import AugmentConfig, DataConfig
 from edgekd.data.index import scan
 from edgekd.errors import BackendError, DeviceError, RecipeError
 from edgekd.models.names import user_source
@@ -369,6 +369,9 @@ class _Planner:
             name = self._add("teacher", "read_teacher", config, {"data": "data"}, facts=_file_facts(teacher.onnx), user=True)
             self.plan.graphs["teacher"] = name
             return {"black_box?": name}
+        if teacher.predictions is not None:
+            config = self._config("read_predictions", **{n: getattr(teacher, n) for n in ("predictions", "outputs", "classes")})
+            return {"answers?": self._add("teacher", "read_predictions", config, {"data": "data"}, facts=_file_facts(teacher.predictions))}
         name = "teacher.init" if teacher.train is not None else "teacher"
         return {"teacher?": self._add(name, "init", _as_model(teacher), {"data": "data"}, facts=_model_facts(teacher))}
 
@@ -376,14 +379,24 @@ class _Planner:
         teacher = self.recipe.teacher
         if teacher is not None and teacher.train is not None:
             self._learn("teacher", "train", Settings("teacher", teacher.train), "teacher.init")
+        if teacher is not None and teacher.predictions is not None:
+            self.plan.metrics["teacher"] = self._judged("val")
+            return
         self._measured("teacher", self.plan.graphs.get("teacher") or self._export("teacher", "teacher"))
+
+    def _judged(self, split: str) -> str:
+        """The step that reads a teacher's predictions on one split."""
+        config = self._config("evaluate_predictions", split=split, above_chance=split == "val" and self.gate)
+        return self._add(
+            f"teacher.{split}", "evaluate_predictions", config, {"answers": "teacher", "data": "data"}, facts=self._task() | _here()
+        )
 
     def _taught(self) -> dict[str, Ref]:
         """What a stage that imitates the teacher takes."""
         teacher = self.recipe.teacher
         if teacher is None:
             return {}
-        return {"black_box?" if teacher.onnx is not None else "teacher?": "teacher"}
+        return {"answers?" if teacher.predictions is not None else "black_box?" if teacher.onnx is not None else "teacher?": "teacher"}
 
     def _learn(
         self, name: str, stage: str, settings: Settings, model: Ref, *, unless: tuple[str, Ref] | None = None, user: bool = True
@@ -394,8 +407,13 @@ class _Planner:
         config = settings.config
         if isinstance(config, TrainConfig) and "auto" in (config.autocast, config.channels_last):
             tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
-            tune_inputs = {n: r for n, r in inputs.items() if n != "black_box?"}
+            tune_inputs = {n: r for n, r in inputs.items() if n not in ("black_box?", "answers?")}
             inputs["speed?"] = self._add(f"{name}.speed", "tune", tuned, tune_inputs, facts=_here(), unless=unless)
+        if "answers?" in inputs and _augments(settings.typed(TrainConfig).augment):
+            self.plan.notes.append(
+                f"{name}: its images are augmented and the teacher's predictions are of the images as they are; where that costs, "
+                f"augment less, or give the teacher itself as ONNX"
+            )
         if isinstance(config, TrainConfig) and self._can_be_kept(stage, settings, config):
             inputs["answers?"] = self._answers(stage, settings, inputs, unless)
         return self._add(name, stage, None, inputs, settings=settings, facts=self._task(), unless=unless, user=user)
@@ -405,6 +423,7 @@ class _Planner:
         return (
             0 < config.fixed_views < config.epochs
             and self.recipe.teacher is not None
+            and self.recipe.teacher.predictions is None
             and stage in ("distill", "quantize_train")
             and _distiller(stage, settings).needs <= _FROM_LOGITS
         )
@@ -792,6 +811,8 @@ class _Planner:
 
     def _tested(self, name: str) -> str | None:
         """The step that reads a reference on test (the teacher, a baseline), or None where there is no such reference."""
+        if name == "teacher" and name in self.plan.metrics and name not in self.plan.engines:
+            return next((s.name for s in self.plan.steps if s.name == "teacher.test"), None) or self._judged("test")
         if name not in self.plan.engines:
             return None
         step = f"{name}.test"
@@ -862,6 +883,10 @@ def _distiller(stage: str, settings: Settings) -> Any:
     return distiller(distiller.Config(**config.distiller_options))
 
 
+def _augments(augment: AugmentConfig) -> bool:
+    return augment.policy != "none" or augment.erase > 0
+
+
 def _as_model(teacher: Any) -> Any:
     from edgekd.models.spec import ModelConfig
 
@@ -886,7 +911,7 @@ def _file_facts(path: Path | None) -> dict[str, Any]:
     if path is None or not path.is_file():
         raise FileMissing(
             f"there is no file '{path}'",
-            expected="a file with weights, or an ONNX model",
+            expected="a file with weights, an ONNX model, or predictions",
             hint="import a checkpoint: edgekd import CHECKPOINT --arch NAME",
         )
     return {"file": sha256_file(path)}

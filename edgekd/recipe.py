@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from edgekd import registry
 from edgekd.budget import Budget
-from edgekd.config import Config
+from edgekd.config import Config, no_key
 from edgekd.data.config import DataConfig, SamplesConfig
 from edgekd.errors import EdgekdError, FileMissing, InputRefused, RecipeError, UnknownName, UsageError, suggest
 from edgekd.models.names import check_architecture
@@ -32,21 +32,36 @@ Path_ = tuple[str | int, ...]
 _MAX_EXTENDS = 8
 _RESERVED = ("student", "preflight", "shipped")  # steps and engines that every plan has
 _LISTED = re.compile(rb"^    user = True$", re.MULTILINE)
-_PATH_FIELDS = {("data", "root"), ("teacher", "weights"), ("model", "weights"), ("model", "onnx"), ("teacher", "onnx")}
+_PATH_FIELDS = {
+    ("data", "root"),
+    ("teacher", "weights"),
+    ("model", "weights"),
+    ("model", "onnx"),
+    ("teacher", "onnx"),
+    ("teacher", "predictions"),
+}
 
 
 class TeacherConfig(ModelConfig):
-    """The model that is imitated: an architecture with given weights, trained here, or both; or an ONNX file, of which only the outputs are known."""
+    """The model that is imitated: an architecture with given weights, trained here, or both; or, where only outputs are known, an ONNX file, or predictions."""
 
     train: TrainConfig | None = Field(None, description="train the teacher with these settings")
+    predictions: Path | None = no_key(None, "a file of what it says to each image, .npz or .csv")
     image_size: int | None = Field(None, ge=1, le=4096, description="onnx: side of its input in pixels, where the file leaves it open")
-    outputs: Literal["auto", "logits", "probabilities"] = Field("auto", description="onnx: what it gives; auto: as the numbers say")
-    classes: tuple[str, ...] = Field((), description="onnx: names of its outputs, in its order; none: the data's classes")
+    outputs: Literal["auto", "logits", "probabilities"] = Field(
+        "auto", description="onnx, predictions: what it gives; auto: as the numbers say"
+    )
+    classes: tuple[str, ...] = Field((), description="onnx, predictions: names of its outputs, in its order; none: the data's classes")
 
     @property
     def name(self) -> str:
         """What reports call it."""
-        return self.arch or Path(str(self.onnx)).name
+        return self.arch or Path(str(self.onnx or self.predictions)).name
+
+    @property
+    def black_box(self) -> bool:
+        """Whether only its outputs are known."""
+        return self.arch is None
 
 
 class TargetConfig(Config):
@@ -500,7 +515,9 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         at: Path_ = ("stages", i, kind)
         if kind == "distill" and recipe.teacher is None:
             bad(at, f"stage '{settings.name}' distils, and the recipe has no teacher")
-        if recipe.teacher is not None and recipe.teacher.onnx is not None and (problem := _beyond_outputs(kind, settings)):
+        if recipe.teacher is not None and recipe.teacher.predictions is not None:
+            _check_unmixed(at, kind, settings, bad)
+        if recipe.teacher is not None and recipe.teacher.black_box and (problem := _beyond_outputs(kind, settings)):
             bad((*at, "method" if kind == "distill" else "distiller"), problem)
         if problem := _sampled(kind, settings):
             bad((*at, "sampled_classes"), problem)
@@ -518,19 +535,24 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
 
 def _check_teacher(teacher: TeacherConfig, bad: Report) -> None:
     """One kind of teacher, with the settings of that kind."""
-    if (teacher.arch is None) == (teacher.onnx is None):
-        bad(("teacher",), "expected either arch or onnx")
-    elif teacher.arch is not None:
-        if teacher.train is None and teacher.weights is None and not teacher.pretrained:
-            bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
-        for name in sorted({"image_size", "outputs", "classes"} & teacher.model_fields_set):
-            bad(("teacher", name), "it is of an ONNX file; an architecture has the data's classes and size")
-    else:
-        for name in sorted({"args", "weights", "pretrained", "sha256", "train"} & teacher.model_fields_set):
-            bad(("teacher", name), "it is of an architecture; an ONNX file is run as it is")
-        if teacher.mean is None or teacher.std is None:
-            text = "an ONNX file does not say how its input is normalised: give mean and std, [0, 0, 0] and [1, 1, 1] where it does that itself"
-            bad(("teacher",), text)
+    kinds = {"arch": teacher.arch, "onnx": teacher.onnx, "predictions": teacher.predictions}
+    found = [name for name, value in kinds.items() if value is not None]
+    if len(found) != 1:
+        bad(("teacher",), "expected one of arch, onnx and predictions")
+        return
+    [kind] = found
+    takes = {
+        "arch": set(ModelConfig.model_fields) | {"train"},
+        "onnx": {"mean", "std", "image_size", "outputs", "classes"},
+        "predictions": {"outputs", "classes"},
+    }[kind]
+    for name in sorted(teacher.model_fields_set - takes - set(kinds)):
+        bad(("teacher", name), f"a teacher given by {kind} does not take it; it takes {', '.join(sorted(takes - set(kinds)))}")
+    if kind == "arch" and teacher.train is None and teacher.weights is None and not teacher.pretrained:
+        bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+    if kind == "onnx" and (teacher.mean is None or teacher.std is None):
+        text = "an ONNX file does not say how its input is normalised: give mean and std, [0, 0, 0] and [1, 1, 1] where it does that itself"
+        bad(("teacher",), text)
 
 
 def _beyond_outputs(kind: str, settings: Settings) -> str | None:
@@ -548,7 +570,17 @@ def _beyond_outputs(kind: str, settings: Settings) -> str | None:
     if not (lack := black_box_lack(distiller)):
         return None
     known = [n for n in registry.names("distill") if n != "combined" and not black_box_lack(registry.load("distill", n))]
-    return f"{method} needs {lack}, and of an ONNX file only the outputs are known; methods for it: {', '.join(known)}"
+    return f"{method} needs {lack}, and only the teacher's outputs are known; methods for it: {', '.join(known)}"
+
+
+def _check_unmixed(at: Path_, kind: str, settings: Settings, bad: Report) -> None:
+    """A file knows images, not mixtures of them; and it is kept whole."""
+    config: Any = settings.config if kind == "distill" else settings.method_config
+    for name in ("mixup", "cutmix"):
+        if getattr(getattr(config, "augment", None), name, 0):
+            bad((*at, "augment", name), "mixed images are new, and a file of predictions says nothing of them; set it to 0")
+    if kind == "distill" and config.sampled_classes:
+        bad((*at, "sampled_classes"), "predictions are kept whole; leave it out")
 
 
 def _sampled(kind: str, settings: Settings) -> str | None:

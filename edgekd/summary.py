@@ -90,7 +90,7 @@ class _Summary:
         return {k: row[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if row and row["p50"] is not None else None
 
     def _teacher(self) -> dict[str, Any] | None:
-        if "teacher" not in self.plan.engines:
+        if "teacher" not in self.plan.metrics:
             return None
         return {"arch": self.recipe.teacher.name if self.recipe.teacher else None} | self._reference("teacher")
 
@@ -102,7 +102,7 @@ class _Summary:
             **_metric(test),
             "metrics": test["metrics"],
             "latency_ms": self._latency(name),
-            "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines[name]]),
+            "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines[name]]) if name in self.plan.engines else None,
         }
 
     def _stages(self) -> list[dict[str, Any]]:

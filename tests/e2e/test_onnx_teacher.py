@@ -11,11 +11,11 @@ from tests.support import Result, artifacts, digits_model, linear_onnx, run_here
 
 pytestmark = pytest.mark.usefixtures("quick", "stored")
 RECIPE = """version: 1
-data: {format: digits, image_size: 16, max_per_class: 40}
+data: {format: digits, image_size: 16, max_per_class: 20}
 teacher: {onnx: teacher.onnx, mean: [0, 0, 0], std: [1, 1, 1]}
 model: {arch: resnet10t, args: {zero_init_last: false}}
 stages:
-  - distill: {epochs: 2, batch_size: 32, augment: {policy: shift, pad: 1}, autocast: "off", channels_last: "off"}
+  - distill: {epochs: 1, batch_size: 32, augment: {policy: shift, pad: 1}, autocast: "off", channels_last: "off"}
 targets: {host: {backend: onnxruntime, precision: fp32}}
 accept: {accuracy_drop_max: 1}
 """
@@ -44,7 +44,7 @@ def test_a_student_learns_from_an_onnx_file(recipe: Path, home: Path) -> None:
         recipe, "-o", "distill.views=1", "-o", "distill.method=ofa"
     )  # branches on the student; the teacher's outputs are enough
     assert again.code == 0, again.err
-    kept = compressed(recipe, "-o", "distill.views=1", "-o", "distill.lr=0.002")
+    kept = compressed(recipe, "-o", "distill.views=1", "-o", "distill.epochs=2")
     assert (kept.code, "distill.answers" in kept.err) == (0, True), kept.err
 
 
@@ -69,11 +69,15 @@ def test_the_same_teacher_with_softmax_larger_input_other_order_and_a_fixed_batc
         (
             "distill.method=at",
             2,
-            "at needs teacher_taps, and of an ONNX file only the outputs are known; methods for it: dist, dkd, kd, ofa",
+            "at needs teacher_taps, and only the teacher's outputs are known; methods for it: dist, dkd, kd, ofa",
         ),
         ("distill.method=[kd, nd]", 2, "combined needs class_means and embedding"),
-        ("teacher.train.epochs=1", 2, "teacher.train: it is of an architecture; an ONNX file is run as it is"),
-        ("teacher.arch=resnet10t", 2, "teacher: expected either arch or onnx"),
+        (
+            "teacher.train.epochs=1",
+            2,
+            "teacher.train: a teacher given by onnx does not take it; it takes classes, image_size, mean, outputs, std",
+        ),
+        ("teacher.arch=resnet10t", 2, "teacher: expected one of arch, onnx and predictions"),
         ("teacher.mean=null", 2, "an ONNX file does not say how its input is normalised"),
         ("teacher.onnx=nowhere.onnx", 3, "nowhere.onnx"),
         ("teacher.image_size=24", 3, "its input is 16 x 16 pixels"),
