@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _MAX_BYTES = 4 * 2**30
 _MAX_HEADER_BYTES = 10_000
 _NAMES = {"ids", "logits", "probabilities", "classes"}
+# What zipfile says of a damaged archive; RuntimeError of an encrypted one, OSError where it seeks before the start.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 _NPZ = "ids, logits or probabilities, and optionally classes"
 _CSV = "the header id,<class>,<class>... and a number for each class in every row"
 
@@ -81,14 +83,7 @@ def _npz(path: Path) -> Predictions:
     try:
         with resource_errors(path), zipfile.ZipFile(path) as archive:
             arrays = _members(archive, str(path))
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-        zlib.error,
-    ) as e:  # RuntimeError: an encrypted member
+    except _DAMAGE as e:
         raise PredictionsRefused("it is not an .npz file, or it is damaged", where=str(path), expected=_NPZ) from e
     kinds = sorted({"logits", "probabilities"} & arrays.keys())
     if not arrays.keys() <= _NAMES or "ids" not in arrays or len(kinds) != 1:
