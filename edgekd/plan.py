@@ -21,7 +21,7 @@ from edgekd.artifact import Artifact, Kind, Manifest, digest_of
 from edgekd.backends import Backend
 from edgekd.config import Config, key_fields
 from edgekd.data.config import AugmentConfig, DataConfig
-from edgekd.data.index import scan
+from edgekd.data.index import judged_by_labels, scan
 from edgekd.errors import BackendError, DeviceError, RecipeError
 from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
@@ -34,7 +34,7 @@ from edgekd.train.config import TrainConfig
 STORE_VERSION = 1
 HOST = "host"
 _LEARNS = ("train", "distill")
-_FROM_LOGITS = frozenset({"logits"})
+_FROM_LOGITS = frozenset({"logits", "labels"})
 
 
 @dataclass(frozen=True)
@@ -248,13 +248,16 @@ class _Planner:
     def __init__(self, loaded: Loaded, gate: bool, cache_dir: Path | None):
         self.loaded, self.recipe, self.gate, self.cache_dir = loaded, loaded.recipe, gate, cache_dir
         self.plan = Plan(loaded)
+        unlabelled = self.recipe.data is not None and self.recipe.data.labels == "none"
+        self.images = "data.images" if unlabelled else "data"  # the step before a teacher labels them
+        self.imitates = False  # True: not even val and test have labels
         self.unrounded: dict[str, Ref] = {}  # quantized graph -> the one that it was made from, in fp32
 
     def build(self) -> Plan:
         self.plan.targets = [_target(name, config) for name, config in self.recipe.targets.items()]
         self.plan.judge = _judge(self.plan.targets[0])
         if self.recipe.data is not None:
-            self._add("data", "data", self.recipe.data, {}, facts=self._dataset(self.recipe.data), user=True)
+            self._add(self.images, "data", self.recipe.data, {}, facts=self._dataset(self.recipe.data), user=True)
         else:
             self._add("data", "samples", self.recipe.samples, {}, user=True)
             self._settle_runtimes()
@@ -289,7 +292,13 @@ class _Planner:
 
     def _dataset(self, data: DataConfig) -> dict[str, Any]:
         """What is in the dataset, and the code that reads it."""
-        return {"index": scan(data, cache_dir=self.cache_dir).fingerprint, "source": _sha(registry.source_of("format", data.format))}
+        index = scan(data, cache_dir=self.cache_dir)
+        self.imitates = data.labels == "none" and not judged_by_labels(index)
+        if self.imitates:
+            self.plan.notes.append(
+                "val and test have no labels: every metric is agreement with the teacher, which says nothing of the teacher's own errors"
+            )
+        return {"index": index.fingerprint, "source": _sha(registry.source_of("format", data.format))}
 
     def _settle_runtimes(self) -> None:
         """Without data no race can judge accuracy: the first runtime is taken."""
@@ -302,7 +311,7 @@ class _Planner:
 
     def _task(self) -> dict[str, Any]:
         name = self.recipe.task
-        return {"task": name, "source": _sha(registry.source_of("task", name))}
+        return {"task": name, "source": _sha(registry.source_of("task", name))} | ({"imitates": True} if self.imitates else {})
 
     @property
     def judge(self) -> Target:
@@ -319,8 +328,8 @@ class _Planner:
             self.plan.graphs["model"] = name
             self._measured("model", name)
             return name
-        student = self._add("student", "init", recipe.model, {"data": "data"}, facts=_model_facts(recipe.model))
-        inputs: dict[str, Ref] = {"student": student, "data": "data"}
+        student = self._add("student", "init", recipe.model, {"data": self.images}, facts=_model_facts(recipe.model))
+        inputs: dict[str, Ref] = {"student": student, "data": self.images}
         if recipe.teacher is not None:
             inputs |= self._given_teacher(recipe.teacher)
         self._add(
@@ -366,23 +375,34 @@ class _Planner:
         if teacher.onnx is not None:
             fields = ("onnx", "mean", "std", "image_size", "outputs", "classes")
             config = self._config("read_teacher", **{n: getattr(teacher, n) for n in fields})
-            name = self._add("teacher", "read_teacher", config, {"data": "data"}, facts=_file_facts(teacher.onnx), user=True)
+            name = self._add("teacher", "read_teacher", config, {"data": self.images}, facts=_file_facts(teacher.onnx), user=True)
             self.plan.graphs["teacher"] = name
             return {"black_box?": name}
         if teacher.predictions is not None:
             config = self._config("read_predictions", **{n: getattr(teacher, n) for n in ("predictions", "outputs", "classes")})
-            return {"answers?": self._add("teacher", "read_predictions", config, {"data": "data"}, facts=_file_facts(teacher.predictions))}
+            return {
+                "answers?": self._add("teacher", "read_predictions", config, {"data": self.images}, facts=_file_facts(teacher.predictions))
+            }
         name = "teacher.init" if teacher.train is not None else "teacher"
-        return {"teacher?": self._add(name, "init", _as_model(teacher), {"data": "data"}, facts=_model_facts(teacher))}
+        return {"teacher?": self._add(name, "init", _as_model(teacher), {"data": self.images}, facts=_model_facts(teacher))}
 
     def _teacher(self) -> None:
         teacher = self.recipe.teacher
         if teacher is not None and teacher.train is not None:
             self._learn("teacher", "train", Settings("teacher", teacher.train), "teacher.init")
         if teacher is not None and teacher.predictions is not None:
+            self._label({"answers?": "teacher"})
             self.plan.metrics["teacher"] = self._judged("val")
             return
-        self._measured("teacher", self.plan.graphs.get("teacher") or self._export("teacher", "teacher"))
+        graph = self.plan.graphs.get("teacher") or self._export("teacher", "teacher")
+        self.plan.engines["teacher"] = self._compile("teacher.engine", graph, self.judge)
+        self._label({"engine?": "teacher.engine"})
+        self._measured("teacher", graph)
+
+    def _label(self, said: dict[str, Ref]) -> None:
+        """Where there are no labels, what the teacher says stands for them from here on."""
+        if self.images != "data":
+            self._add("data", "label", None, {"images": self.images, **said}, user=True)
 
     def _judged(self, split: str) -> str:
         """The step that reads a teacher's predictions on one split."""
@@ -442,7 +462,7 @@ class _Planner:
         return self._add(f"{settings.name}.answers", "answers", asked, taken, unless=unless)
 
     def _export(self, name: str, model: Ref, unless: tuple[str, Ref] | None = None) -> str:
-        graph = self._add(f"{name}.export", "export", None, {"model": model, "data": "data"}, unless=unless)
+        graph = self._add(f"{name}.export", "export", None, {"model": model, "data": self.images}, unless=unless)
         self.plan.graphs[name] = graph
         return graph
 
@@ -450,7 +470,8 @@ class _Planner:
         """Engine and, where there are data, val metrics of a graph on the judge."""
         engine_unless = (unless[0], self._before_of(unless[1], self.plan.engines)) if unless else None
         metrics_unless = (unless[0], self._before_of(unless[1], self.plan.metrics)) if unless else None
-        self.plan.engines[name] = self._compile(f"{name}.engine", graph, self.judge, engine_unless)
+        if name not in self.plan.engines:
+            self.plan.engines[name] = self._compile(f"{name}.engine", graph, self.judge, engine_unless)
         if self.recipe.data is None:
             return
         inputs: dict[str, Ref] = {"engine": self.plan.engines[name], "data": "data"}

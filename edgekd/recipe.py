@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -327,12 +327,16 @@ def _validate(name: str, tree: _Tree) -> Loaded:
     stages = _stages(raw_stages, tree.marks, problems)
     report = _reporter(tree.marks, problems)
     _check_names(value, report)
+    filled: dict[str, str] = {}
     if recipe is not None:
+        if recipe.data is not None and recipe.data.labels == "none":
+            _check_unlabelled(recipe, stages, report)
+            recipe, stages, filled = _without_labels(recipe, stages)
         _check_fit(recipe, stages, report)
     if problems or recipe is None:
         raise RecipeError(sorted(problems, key=_position), hint="see every field: edgekd recipes show quickstart; edgekd methods show NAME")
     sources = {".".join(map(str, at)): where for at, where in tree.marks.items()}
-    return Loaded(name, recipe, tuple(stages), _stage_sources(sources, tree.value))
+    return Loaded(name, recipe, tuple(stages), _stage_sources(sources, tree.value) | filled)
 
 
 def _stages(raw: Any, marks: Mapping[Path_, str], problems: list[str]) -> list[tuple[str, Settings]]:
@@ -555,22 +559,78 @@ def _check_teacher(teacher: TeacherConfig, bad: Report) -> None:
         bad(("teacher",), text)
 
 
-def _beyond_outputs(kind: str, settings: Settings) -> str | None:
-    """Why a stage cannot learn from a teacher of which only the outputs are known."""
+def _check_unlabelled(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) -> None:
+    """Without labels a teacher that is there already is all that can be learned from."""
+    if recipe.teacher is None:
+        bad(("data", "labels"), "without labels there is nothing to learn from but a teacher, and the recipe has none")
+    elif recipe.teacher.train is not None:
+        bad(("teacher", "train"), "a teacher is trained with labels, and data.labels is none; give its weights, onnx or predictions")
+    if recipe.baselines:
+        bad(("baselines",), "a student alone is trained with labels, and data.labels is none; leave it out")
+    if not hasattr(registry.load("task", recipe.task) if recipe.task in registry.names("task") else None, "without_labels"):
+        bad(("data", "labels"), f"the task {recipe.task} needs labels")
+    for i, (kind, settings) in enumerate(stages):
+        at: Path_ = ("stages", i, kind)
+        if kind == "train":
+            bad(at, f"stage '{settings.name}' learns from labels, and data.labels is none; use distill")
+        if (found := _imitation(kind, settings)) is None:
+            continue
+        method, distiller = found
+        if "label_weight" in distiller.config.model_fields_set and distiller.config.label_weight:
+            bad((*at, "label_weight"), "there are no labels, so its weight is 0")
+        if "labels" in distiller.needs:
+            free = [n for n in registry.names("distill") if n != "combined" and "labels" not in registry.load("distill", n).needs]
+            bad((*at, "method"), f"{method} needs labels, and data.labels is none; methods without: {', '.join(free)}")
+
+
+def _without_labels(recipe: Recipe, stages: list[tuple[str, Settings]]) -> tuple[Recipe, list[tuple[str, Settings]], dict[str, str]]:
+    """The recipe with what follows from `labels: none` filled in (classes of the teacher, no weight for the label loss), and the source of each."""
+    sources: dict[str, str] = {}
+    data, teacher = recipe.data, recipe.teacher
+    if data is not None and data.classes is None and teacher is not None and (names := _names_of(teacher)):
+        recipe = recipe.model_copy(update={"data": data.model_copy(update={"classes": names})})
+        sources["data.classes"] = "teacher"
+    found = []
+    for kind, settings in stages:
+        config: Any = settings.method_config
+        if kind == "distill" and config is not None:
+            settings = replace(settings, method_config=config.model_copy(update={"label_weight": 0.0}))
+            sources[f"{settings.name}.label_weight"] = "data.labels"
+        elif hasattr(config, "distiller_options"):
+            options = config.distiller_options | {"label_weight": 0.0}
+            settings = replace(settings, method_config=config.model_copy(update={"distiller_options": options}))
+            sources[f"{settings.name}.distiller_options.label_weight"] = "data.labels"
+        found.append((kind, settings))
+    return recipe, found, sources
+
+
+def _names_of(teacher: TeacherConfig) -> tuple[str, ...]:
+    """The classes of a teacher, where it says them."""
+    if teacher.classes or teacher.predictions is None or not teacher.predictions.is_file():
+        return teacher.classes
+    from edgekd.safeio.predictions import columns_of  # numpy, for those who have such a file
+
+    return columns_of(teacher.predictions)
+
+
+def _imitation(kind: str, settings: Settings) -> tuple[str, Any] | None:
+    """(name, distiller) of a stage that imitates the teacher."""
     config: Any = settings.method_config
     if kind == "distill":
-        method, distiller = str(settings.method), registry.load("distill", str(settings.method))(config)
-    elif hasattr(config, "distiller"):
-        method, distiller = (
-            config.distiller,
-            registry.load("distill", config.distiller)(registry.load("distill", config.distiller).Config()),
-        )
-    else:
+        return str(settings.method), registry.load("distill", str(settings.method))(config)
+    if not hasattr(config, "distiller"):
         return None
-    if not (lack := black_box_lack(distiller)):
+    cls = registry.load("distill", config.distiller)
+    return config.distiller, cls(cls.Config(**config.distiller_options))
+
+
+def _beyond_outputs(kind: str, settings: Settings) -> str | None:
+    """Why a stage cannot learn from a teacher of which only the outputs are known."""
+    found = _imitation(kind, settings)
+    if found is None or not (lack := black_box_lack(found[1])):
         return None
     known = [n for n in registry.names("distill") if n != "combined" and not black_box_lack(registry.load("distill", n))]
-    return f"{method} needs {lack}, and only the teacher's outputs are known; methods for it: {', '.join(known)}"
+    return f"{found[0]} needs {lack}, and only the teacher's outputs are known; methods for it: {', '.join(known)}"
 
 
 def _check_unmixed(at: Path_, kind: str, settings: Settings, bad: Report) -> None:

@@ -266,7 +266,11 @@ class _Summary:
         before, *after = (task.scores(np.load(a.path / "outputs.npy"), labels).tolist() for a in (reference, *shipped))
         drop, interval = max((paired_drop(before, scores) for scores in after), key=lambda found: found[0])
         met = drop <= limit
-        reason = f"test accuracy {'within' if met else 'beyond'} {limit * 100:g} points of the teacher's"
+        name = reference.json("metrics.json")["metric_name"]
+        if name == task.metric_name:
+            reason = f"test accuracy {'within' if met else 'beyond'} {limit * 100:g} points of the teacher's"
+        else:
+            reason = f"{name} with the teacher on test {'within' if met else 'beyond'} {limit * 100:g} points of all images"
         return {"accuracy_drop_max": limit, "drop": drop, "interval": list(interval), "met": met, "reference": "teacher", "reason": reason}
 
     def _resolved(self) -> list[dict[str, Any]]:

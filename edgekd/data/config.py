@@ -66,8 +66,8 @@ class DataConfig(Config):
     def _labels_are_there_or_not(self) -> DataConfig:
         if self.labels == "given" and self.classes is not None:
             raise ValueError("classes are those of the labels; leave them out, or set labels: none")
-        if self.labels == "none" and self.max_per_class is not None:
-            raise ValueError("max_per_class counts by label, and there are none")
+        if self.labels == "none" and (self.max_per_class or self.split.train_per_class):
+            raise ValueError("max_per_class and train_per_class count by label, and there are none")
         if len(set(self.class_names)) < len(self.class_names) or (self.classes is not None and len(self.class_names) < 2):
             raise ValueError("classes: expected two or more, each once")
         return self

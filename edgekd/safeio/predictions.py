@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import FileMissing, PredictionsRefused
+from edgekd.errors import EdgekdError, FileMissing, PredictionsRefused
 from edgekd.safeio.files import resource_errors
 
 if TYPE_CHECKING:
@@ -53,6 +53,15 @@ def read_predictions(path: Path) -> Predictions:
     found = readers[path.suffix.lower()](path)
     _check(found, str(path))
     return found
+
+
+def columns_of(path: Path) -> tuple[str, ...]:
+    """Names of the outputs, their numbers where the file has none; nothing where it cannot be read, which `read_predictions` will say."""
+    try:
+        found = read_predictions(path)
+    except EdgekdError:
+        return ()
+    return found.names or tuple(map(str, range(found.values.shape[1])))
 
 
 def _check(found: Predictions, where: str) -> None:

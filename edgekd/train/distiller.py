@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 # What a method may ask to have computed. taps: the student's features by stage; teacher_taps: the teacher's; embedding: what both classifiers read;
-# class_means: the teacher's mean embedding of each class; modules: layers of the teacher that the method runs itself.
-NEEDS = frozenset({"logits", "taps", "teacher_taps", "embedding", "class_means", "modules"})
-OUTPUTS_ALONE = frozenset({"logits", "taps"})  # what can be had with a teacher of which only the outputs are known
+# class_means: the teacher's mean embedding of each class; modules: layers of the teacher that the method runs itself; labels: `Batch.target`.
+NEEDS = frozenset({"logits", "taps", "teacher_taps", "embedding", "class_means", "modules", "labels"})
+OUTPUTS_ALONE = frozenset({"logits", "taps", "labels"})  # what can be had with a teacher of which only the outputs are known
 
 
 class DistillConfig(Config):
