@@ -48,6 +48,8 @@ class OFA:
 
     def __init__(self, config: Config):
         self.config = config
+        if config.gamma != 1:  # else the target class is not enhanced
+            self.needs = type(self).needs | {"labels"}  # type: ignore[misc]
         self.branches: nn.ModuleDict | None = None
 
     def setup(self, student: Side, teacher: Side) -> nn.Module:

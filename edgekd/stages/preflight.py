@@ -24,14 +24,16 @@ from edgekd.stages._stage import Settings, write_decision
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from edgekd.console import Console
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
+    from edgekd.models.taps import TappedModel
     from edgekd.quantize._quantizer import ModelQuantizer
     from edgekd.tasks._task import Task
+    from edgekd.train.distiller import Outputs
 
 _BATCH = 4
 
@@ -64,7 +66,13 @@ class Preflight:
         probes: tuple[Probe, ...] = Field((), description="the recipe's stages")
         places: tuple[Place, ...] = Field((), description="targets that this machine can run")
 
-    takes: Mapping[str, Kind] = {"student": Kind.MODEL, "teacher?": Kind.MODEL, "data": Kind.DATA}
+    takes: Mapping[str, Kind] = {
+        "student": Kind.MODEL,
+        "teacher?": Kind.MODEL,
+        "black_box?": Kind.GRAPH,
+        "answers?": Kind.ANSWERS,
+        "data": Kind.DATA,
+    }
     gives = Kind.DECISION
     version = 1
     libraries = ("torch", "timm", "torch-pruning", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
@@ -79,7 +87,7 @@ class Preflight:
         for probe in config.probes:
             if probe.stage == "distill":
                 with _named(probe.name):
-                    _distil_once(probe, student, spec, inputs["teacher"], dataset, task_of(settings))
+                    _distil_once(probe, (student, spec), inputs, dataset, task_of(settings), ctx)
         built = _build_all(config, _pruned(config, student, spec, dataset, settings), spec, ctx.console)
         write_decision(out, {"built": built})
         return {"built": built}
@@ -110,30 +118,26 @@ def _named(stage: str) -> Iterator[None]:
         ) from error
 
 
-def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset, task: Task) -> None:
+def _distil_once(
+    probe: Probe, student: tuple[nn.Module, ModelSpec], inputs: Mapping[str, Artifact], dataset: Dataset, task: Task, ctx: Context
+) -> None:
     """One batch: every term and every gradient must be finite."""
     import copy
 
     import torch
 
     from edgekd.data.augment import to_float
-    from edgekd.models.build import load_model
     from edgekd.train.distiller import Batch, Outputs
-    from edgekd.train.pair import wire
     from edgekd.train.views import View
 
     cls = registry.load("distill", str(probe.method))
-    distiller = cls(cls.Config(**probe.config))
-    net = copy.deepcopy(student).train()
-    guide, guide_spec = load_model(teacher)
-    view, positions = View(guide_spec), dataset.split("train")[:_BATCH]
-    wired = wire(distiller, (net, spec), (guide, guide_spec), view, dataset, positions, seed=0)
-    images = to_float(torch.from_numpy(dataset.images(positions)))
-    with torch.no_grad():
-        answer = Outputs.of(*wired.teacher(view(images)))
-    given = Outputs.of(*wired.student(View(spec)(images)))
+    distiller, net, spec = cls(cls.Config(**probe.config)), copy.deepcopy(student[0]).train(), student[1]
+    positions = dataset.split("train")[:_BATCH]
+    images, index = to_float(torch.from_numpy(dataset.images(positions))), torch.from_numpy(positions)
+    seen, answer = _answered(distiller, (net, spec), inputs, dataset, (images, index), ctx)
+    given = Outputs.of(*seen(View(spec)(images)))
     target = task.collate(dataset.labels[positions], len(dataset.classes))
-    terms = distiller.terms(Batch(given, answer, target, torch.from_numpy(positions), 0.0))
+    terms = distiller.terms(Batch(given, answer, target, index, 0.0))
     for name, term in terms.items():
         if not bool(term.isfinite()):
             raise TrainingDiverged(f"loss term '{name}' is {float(term)} on the first batch", expected="a finite term")
@@ -141,6 +145,36 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     for name, parameter in net.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             raise TrainingDiverged(f"the gradient of '{name}' is not finite on the first batch", expected="finite gradients")
+
+
+def _answered(
+    distiller: Any,
+    student: tuple[nn.Module, ModelSpec],
+    inputs: Mapping[str, Artifact],
+    dataset: Dataset,
+    batch: tuple[Tensor, Tensor],
+    ctx: Context,
+) -> tuple[TappedModel, Outputs]:
+    """The student with its hooks, and what the teacher says to the batch (images, index)."""
+    import torch
+
+    from edgekd.models.build import load_model
+    from edgekd.stages.distill import black_box_of
+    from edgekd.train.answers import Answers
+    from edgekd.train.distiller import Outputs
+    from edgekd.train.pair import wire, wire_student
+    from edgekd.train.views import View
+
+    train = dataset.split("train")
+    if "teacher" not in inputs:
+        ask = black_box_of(inputs["black_box"], ctx) if "black_box" in inputs else Answers(inputs["answers"].path, train)
+        tapped, _ = wire_student(distiller, *student, train, seed=0)
+        return tapped, ask(*batch, 0)
+    guide, guide_spec = load_model(inputs["teacher"])
+    view = View(guide_spec)
+    wired = wire(distiller, student, (guide, guide_spec), view, dataset, train[:_BATCH], seed=0)
+    with torch.no_grad():
+        return wired.student, Outputs.of(*wired.teacher(view(batch[0])))
 
 
 def _build_all(config: Any, model: nn.Module, spec: ModelSpec, console: Console) -> list[str]:

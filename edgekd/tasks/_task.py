@@ -40,7 +40,9 @@ class Task(Protocol):
     def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]] | None:
         """Counts by true row and decided column, or None where the task has none."""
 
-    # Three more, which a task may leave out:
+    # Five more, which a task may leave out:
+    #   measures: what `metric_name` counts, in words; default: accuracy
+    #   without_labels() -> Task: the same task where labels are a teacher's decisions, so that the metric is agreement with it
     #   clear(outputs, room) -> (n,) bool: the samples whose answer stays when every output is off by `room`; agreement is judged on these
     #   misfit(outputs, classes) -> str | None: why these outputs cannot belong to data of so many classes, in a sentence
     #   chance(labels) -> float: the metric of a model that knows nothing but how often each answer is right
