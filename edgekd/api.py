@@ -136,7 +136,7 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
 def run_single(
     kind: str, body: Mapping[str, Any], own: Own, options: Options | None = None, *, console: Console | None = None
 ) -> dict[str, Any]:
-    """One stage (`prune`, `quantize`, `train`, `export`, `compile`) on a user's own model; returns the object of run.json."""
+    """One stage (`prune`, `quantize`, `train`, `distill`, `export`, `compile`) on a user's own model; returns the object of run.json."""
     from edgekd.single import single_recipe
 
     options = options or Options()

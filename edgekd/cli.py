@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -467,6 +468,47 @@ def train(
     """Train a model on a folder of images, export and bundle it."""
     own, options = _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code, replay)
     return _single("train", {"epochs": epochs}, own, options, json)
+
+
+@app.command()
+def distill(
+    model: Annotated[Path, typer.Argument(metavar="ARCH|MODEL", help="An architecture to train from scratch, or weights with --arch.")],
+    data: Data,
+    teacher: Annotated[Path, typer.Option(metavar="FILE", help="Weights with --teacher-arch, an ONNX file, or predictions (.npz, .csv).")],
+    teacher_arch: Annotated[str | None, typer.Option(help="Architecture of the teacher's weights.")] = None,
+    teacher_arg: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Argument of that architecture; may be repeated.")
+    ] = None,
+    teacher_mean: Annotated[
+        str | None, typer.Option(help="Channel means of the teacher's input, R,G,B; an ONNX file does not say.")
+    ] = None,
+    teacher_std: Annotated[str | None, typer.Option(help="Its channel deviations, R,G,B.")] = None,
+    method: Annotated[str, typer.Option(help="How it is imitated: edgekd methods list distill.")] = "kd",
+    arch: Arch = None,
+    arg: Args = None,
+    image_size: Size = 224,
+    mean: Mean = None,
+    std: Std = None,
+    epochs: int = 10,
+    o: Set = None,
+    device: Device = None,
+    out: Out = None,
+    code: Code = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Let a teacher at chance level pass.")] = False,
+    replay: Replay = None,
+    json: Json = False,
+) -> int:
+    """Train a model to imitate another one on a folder of images, export and bundle it."""
+    own, options = _own(model, data, arch, arg, image_size, mean, std), _options(o, device, out, code, replay, no_gate)
+    own = replace(
+        own,
+        teacher=teacher,
+        teacher_arch=teacher_arch,
+        teacher_args=tuple(teacher_arg or ()),
+        teacher_mean=_numbers(teacher_mean, "--teacher-mean"),
+        teacher_std=_numbers(teacher_std, "--teacher-std"),
+    )
+    return _single("distill", {"method": method, "epochs": epochs}, own, options, json)
 
 
 @app.command("import")

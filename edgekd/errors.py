@@ -82,6 +82,12 @@ class OnnxRefused(InputRefused):
     code = "onnx"
 
 
+class PredictionsRefused(InputRefused):
+    """A file of predictions that is damaged, holds objects, or does not answer for the data."""
+
+    code = "predictions"
+
+
 class ImageRefused(InputRefused):
     """An image that cannot be decoded within the limits."""
 

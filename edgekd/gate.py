@@ -31,6 +31,7 @@ class Evidence:
     untimed: str = ""  # why latency was not judged
     causes: tuple[str, ...] = ()  # why it did not get faster
     same: bool = False  # nothing changed
+    measures: str = "accuracy"  # what the metric counts, in words
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def judge(e: Evidence) -> Verdict:
     if e.drop_ci[1] > e.allowed:
         certain = e.drop_ci[0] > e.allowed
         if e.allowed < 0:
-            why = f"accuracy is {-e.allowed * 100:.2f} points beyond the limit already where it starts"
+            why = f"{e.measures} is {-e.allowed * 100:.2f} points beyond the limit already where it starts"
         else:
             why = f"{'it loses more than' if certain else 'its loss may exceed'} the {e.allowed * 100:.2f} points that are left"
         return Verdict("rolled back" if certain or e.drop > e.allowed else "neutral", f"{why}: {said}")
@@ -86,7 +87,7 @@ class Candidate:
     missed: int = 0  # limits of the budget that it does not meet
 
 
-def pick(candidates: Sequence[Candidate], allowed: float, *, enabled: bool = True) -> tuple[Candidate, str]:
+def pick(candidates: Sequence[Candidate], allowed: float, *, enabled: bool = True, measures: str = "accuracy") -> tuple[Candidate, str]:
     """What ships, and why: inside the accuracy limit the fewest missed limits, then the lowest latency, and of equals the smallest file.
 
     `allowed` is what is left of accuracy_drop_max. A graph in fp32 is out only where its runtime certainly loses more than that. `enabled=False`: any
@@ -104,7 +105,7 @@ def pick(candidates: Sequence[Candidate], allowed: float, *, enabled: bool = Tru
     chosen = min(equal, key=lambda c: c.size_bytes)
     words = [f"'{chosen.name}' ships"]
     if chosen is not first:
-        words.append(f"against '{first.name}': {_race_words(chosen, first)}")
+        words.append(f"against '{first.name}': {_race_words(chosen, first, measures)}")
     faster = [c for c in candidates if c.ratio is not None and chosen.ratio is not None and c.ratio < chosen.ratio * (1 - TOLERANCE)]
     if faster:
         fastest = min(faster, key=lambda c: c.ratio or 0.0)
@@ -120,11 +121,11 @@ def pick(candidates: Sequence[Candidate], allowed: float, *, enabled: bool = Tru
     return chosen, "; ".join(words)
 
 
-def _race_words(c: Candidate, first: Candidate) -> str:
+def _race_words(c: Candidate, first: Candidate, measures: str) -> str:
     latency = "not timed" if c.ratio is None else f"{1 / c.ratio:.2f}x faster" if c.ratio < 1 else f"{c.ratio:.2f}x the latency"
     size = first.size_bytes / c.size_bytes
     weight = f"{size:.2f}x smaller" if size > 1 + TOLERANCE else f"{1 / size:.2f}x the size" if size < 1 - TOLERANCE else "of the same size"
-    return f"{latency}, {weight}, accuracy {_drop_words(c.drop, c.drop_ci)}"
+    return f"{latency}, {weight}, {measures} {_drop_words(c.drop, c.drop_ci)}"
 
 
 def _needed(gains: list[str], losses: list[str], e: Evidence) -> bool:
@@ -181,7 +182,7 @@ def _size_words(e: Evidence) -> str:
 
 
 def _accuracy_words(e: Evidence) -> str:
-    return f"accuracy {_drop_words(e.drop, e.drop_ci)}"
+    return f"{e.measures} {_drop_words(e.drop, e.drop_ci)}"
 
 
 def _drop_words(drop: float, interval: tuple[float, float]) -> str:

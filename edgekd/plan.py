@@ -20,21 +20,21 @@ from edgekd import registry
 from edgekd.artifact import Artifact, Kind, Manifest, digest_of
 from edgekd.backends import Backend
 from edgekd.config import Config, key_fields
-from edgekd.data.config import DataConfig
-from edgekd.data.index import scan
+from edgekd.data.config import AugmentConfig, DataConfig
+from edgekd.data.index import judged_by_labels, scan
 from edgekd.errors import BackendError, DeviceError, RecipeError
 from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
-from edgekd.recipe import Loaded, TargetConfig, smoothing_of
+from edgekd.recipe import Loaded, TargetConfig, TeacherConfig, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
 
 STORE_VERSION = 1
 HOST = "host"
 _LEARNS = ("train", "distill")
-_FROM_LOGITS = frozenset({"logits"})
+_FROM_LOGITS = frozenset({"logits", "labels"})
 
 
 @dataclass(frozen=True)
@@ -248,13 +248,16 @@ class _Planner:
     def __init__(self, loaded: Loaded, gate: bool, cache_dir: Path | None):
         self.loaded, self.recipe, self.gate, self.cache_dir = loaded, loaded.recipe, gate, cache_dir
         self.plan = Plan(loaded)
+        unlabelled = self.recipe.data is not None and self.recipe.data.labels == "none"
+        self.images = "data.images" if unlabelled else "data"  # the step before a teacher labels them
+        self.imitates = False  # True: not even val and test have labels
         self.unrounded: dict[str, Ref] = {}  # quantized graph -> the one that it was made from, in fp32
 
     def build(self) -> Plan:
         self.plan.targets = [_target(name, config) for name, config in self.recipe.targets.items()]
         self.plan.judge = _judge(self.plan.targets[0])
         if self.recipe.data is not None:
-            self._add("data", "data", self.recipe.data, {}, facts=self._dataset(self.recipe.data), user=True)
+            self._add(self.images, "data", self.recipe.data, {}, facts=self._dataset(self.recipe.data), user=True)
         else:
             self._add("data", "samples", self.recipe.samples, {}, user=True)
             self._settle_runtimes()
@@ -289,7 +292,13 @@ class _Planner:
 
     def _dataset(self, data: DataConfig) -> dict[str, Any]:
         """What is in the dataset, and the code that reads it."""
-        return {"index": scan(data, cache_dir=self.cache_dir).fingerprint, "source": _sha(registry.source_of("format", data.format))}
+        index = scan(data, cache_dir=self.cache_dir)
+        self.imitates = data.labels == "none" and not judged_by_labels(index)
+        if self.imitates:
+            self.plan.notes.append(
+                "val and test have no labels: every metric is agreement with the teacher, which says nothing of the teacher's own errors"
+            )
+        return {"index": index.fingerprint, "source": _sha(registry.source_of("format", data.format))}
 
     def _settle_runtimes(self) -> None:
         """Without data no race can judge accuracy: the first runtime is taken."""
@@ -302,7 +311,7 @@ class _Planner:
 
     def _task(self) -> dict[str, Any]:
         name = self.recipe.task
-        return {"task": name, "source": _sha(registry.source_of("task", name))}
+        return {"task": name, "source": _sha(registry.source_of("task", name))} | ({"imitates": True} if self.imitates else {})
 
     @property
     def judge(self) -> Target:
@@ -319,11 +328,10 @@ class _Planner:
             self.plan.graphs["model"] = name
             self._measured("model", name)
             return name
-        student = self._add("student", "init", recipe.model, {"data": "data"}, facts=_model_facts(recipe.model))
-        inputs: dict[str, Ref] = {"student": student, "data": "data"}
+        student = self._add("student", "init", recipe.model, {"data": self.images}, facts=_model_facts(recipe.model))
+        inputs: dict[str, Ref] = {"student": student, "data": self.images}
         if recipe.teacher is not None:
-            name = "teacher.init" if recipe.teacher.train is not None else "teacher"
-            inputs["teacher?"] = self._add(name, "init", _as_model(recipe.teacher), {"data": "data"}, facts=_model_facts(recipe.teacher))
+            inputs |= self._given_teacher(recipe.teacher)
         self._add(
             "preflight",
             "preflight",
@@ -367,25 +375,70 @@ class _Planner:
         used = {(registry.load("stage", k).method_kind, s.method) for k, s in self.loaded.stages if s.method}
         return {f"{kind}/{name}": _sha(registry.source_of(kind, name)) for kind, name in sorted(used)}
 
+    def _given_teacher(self, teacher: TeacherConfig) -> dict[str, Ref]:
+        """The teacher as it is before any training: the name that stages know it by, and its step."""
+        if teacher.onnx is not None:
+            fields = ("onnx", "mean", "std", "image_size", "outputs", "classes")
+            config = self._config("read_teacher", **{n: getattr(teacher, n) for n in fields})
+            name = self._add("teacher", "read_teacher", config, {"data": self.images}, facts=_file_facts(teacher.onnx), user=True)
+            self.plan.graphs["teacher"] = name
+            return {"black_box?": name}
+        if teacher.predictions is not None:
+            config = self._config("read_predictions", **{n: getattr(teacher, n) for n in ("predictions", "outputs", "classes")})
+            return {
+                "answers?": self._add("teacher", "read_predictions", config, {"data": self.images}, facts=_file_facts(teacher.predictions))
+            }
+        name = "teacher.init" if teacher.train is not None else "teacher"
+        return {"teacher?": self._add(name, "init", _as_model(teacher), {"data": self.images}, facts=_model_facts(teacher))}
+
     def _teacher(self) -> None:
         teacher = self.recipe.teacher
         if teacher is not None and teacher.train is not None:
             self._learn("teacher", "train", Settings("teacher", teacher.train), "teacher.init")
-        self._measured("teacher", self._export("teacher", "teacher"))
+        if teacher is not None and teacher.predictions is not None:
+            self._label({"answers?": "teacher"})
+            self.plan.metrics["teacher"] = self._judged("val")
+            return
+        graph = self.plan.graphs.get("teacher") or self._export("teacher", "teacher")
+        self.plan.engines["teacher"] = self._compile("teacher.engine", graph, self.judge)
+        self._label({"engine?": "teacher.engine"})
+        self._measured("teacher", graph)
+
+    def _label(self, said: dict[str, Ref]) -> None:
+        """Where there are no labels, what the teacher says stands for them from here on."""
+        if self.images != "data":
+            self._add("data", "label", None, {"images": self.images, **said}, user=True)
+
+    def _judged(self, split: str) -> str:
+        """The step that reads a teacher's predictions on one split."""
+        config = self._config("evaluate_predictions", split=split, above_chance=split == "val" and self.gate)
+        return self._add(
+            f"teacher.{split}", "evaluate_predictions", config, {"answers": "teacher", "data": "data"}, facts=self._task() | _here()
+        )
+
+    def _taught(self) -> dict[str, Ref]:
+        """What a stage that imitates the teacher takes."""
+        teacher = self.recipe.teacher
+        if teacher is None:
+            return {}
+        return {"answers?" if teacher.predictions is not None else "black_box?" if teacher.onnx is not None else "teacher?": "teacher"}
 
     def _learn(
         self, name: str, stage: str, settings: Settings, model: Ref, *, unless: tuple[str, Ref] | None = None, user: bool = True
     ) -> str:
         inputs: dict[str, Ref] = {"model": model, "data": "data"}
-        if stage == "distill":
-            inputs["teacher"] = "teacher"
-        elif stage == "quantize_train" and self.recipe.teacher is not None:
-            inputs["teacher?"] = "teacher"
+        if stage in ("distill", "quantize_train"):
+            inputs |= self._taught()
         config = settings.config
         if isinstance(config, TrainConfig) and "auto" in (config.autocast, config.channels_last):
             tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
-            tune_inputs = {("teacher?" if n == "teacher" else n): r for n, r in inputs.items()}
+            tune_inputs = {n: r for n, r in inputs.items() if n not in ("black_box?", "answers?")}
             inputs["speed?"] = self._add(f"{name}.speed", "tune", tuned, tune_inputs, facts=_here(), unless=unless)
+        if "answers?" in inputs and _augments(settings.typed(TrainConfig).augment):
+            self.plan.notes.append(
+                f"{name}: its images are augmented and the teacher's predictions are of the images as they are; where that costs, "
+                f"augment less, or give the teacher itself as ONNX"
+            )
         if isinstance(config, TrainConfig) and self._can_be_kept(stage, settings, config):
             inputs["answers?"] = self._answers(stage, settings, inputs, unless)
         return self._add(name, stage, None, inputs, settings=settings, facts=self._task(), unless=unless, user=user)
@@ -395,6 +448,7 @@ class _Planner:
         return (
             0 < config.fixed_views < config.epochs
             and self.recipe.teacher is not None
+            and self.recipe.teacher.predictions is None
             and stage in ("distill", "quantize_train")
             and _distiller(stage, settings).needs <= _FROM_LOGITS
         )
@@ -409,11 +463,11 @@ class _Planner:
         same = [s for s in self.plan.steps if s.stage == "answers" and s.settings.config == asked and s.unless in (None, unless)]
         if same:
             return same[0].name
-        taken = {"teacher": "teacher", "data": "data"} | {n: r for n, r in inputs.items() if n == "speed?"}
+        taken = self._taught() | {"data": "data"} | {n: r for n, r in inputs.items() if n == "speed?"}
         return self._add(f"{settings.name}.answers", "answers", asked, taken, unless=unless)
 
     def _export(self, name: str, model: Ref, unless: tuple[str, Ref] | None = None) -> str:
-        graph = self._add(f"{name}.export", "export", None, {"model": model, "data": "data"}, unless=unless)
+        graph = self._add(f"{name}.export", "export", None, {"model": model, "data": self.images}, unless=unless)
         self.plan.graphs[name] = graph
         return graph
 
@@ -421,7 +475,8 @@ class _Planner:
         """Engine and, where there are data, val metrics of a graph on the judge."""
         engine_unless = (unless[0], self._before_of(unless[1], self.plan.engines)) if unless else None
         metrics_unless = (unless[0], self._before_of(unless[1], self.plan.metrics)) if unless else None
-        self.plan.engines[name] = self._compile(f"{name}.engine", graph, self.judge, engine_unless)
+        if name not in self.plan.engines:
+            self.plan.engines[name] = self._compile(f"{name}.engine", graph, self.judge, engine_unless)
         if self.recipe.data is None:
             return
         inputs: dict[str, Ref] = {"engine": self.plan.engines[name], "data": "data"}
@@ -752,7 +807,7 @@ class _Planner:
         """What the bundle says of its origin: architectures, weights and library versions."""
         recipe, found = self.recipe, {"student": self.recipe.model.arch or "an ONNX file"}
         if recipe.teacher is not None:
-            found["teacher"] = str(recipe.teacher.arch)
+            found["teacher"] = recipe.teacher.name
         return found | {name: library_version(name) for name in ("edgekd", "torch", "timm", "onnx")}
 
     def _parity(self, target: Target, graph: Ref, engine: Ref) -> str:
@@ -782,6 +837,8 @@ class _Planner:
 
     def _tested(self, name: str) -> str | None:
         """The step that reads a reference on test (the teacher, a baseline), or None where there is no such reference."""
+        if name == "teacher" and name in self.plan.metrics and name not in self.plan.engines:
+            return next((s.name for s in self.plan.steps if s.name == "teacher.test"), None) or self._judged("test")
         if name not in self.plan.engines:
             return None
         step = f"{name}.test"
@@ -852,6 +909,10 @@ def _distiller(stage: str, settings: Settings) -> Any:
     return distiller(distiller.Config(**config.distiller_options))
 
 
+def _augments(augment: AugmentConfig) -> bool:
+    return augment.policy != "none" or augment.erase > 0
+
+
 def _as_model(teacher: Any) -> Any:
     from edgekd.models.spec import ModelConfig
 
@@ -876,7 +937,7 @@ def _file_facts(path: Path | None) -> dict[str, Any]:
     if path is None or not path.is_file():
         raise FileMissing(
             f"there is no file '{path}'",
-            expected="a file with weights, or an ONNX model",
+            expected="a file with weights, an ONNX model, or predictions",
             hint="import a checkpoint: edgekd import CHECKPOINT --arch NAME",
         )
     return {"file": sha256_file(path)}

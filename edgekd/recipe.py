@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from edgekd import registry
 from edgekd.budget import Budget
-from edgekd.config import Config
+from edgekd.config import Config, no_key
 from edgekd.data.config import DataConfig, SamplesConfig
 from edgekd.errors import EdgekdError, FileMissing, InputRefused, RecipeError, UnknownName, UsageError, suggest
 from edgekd.models.names import check_architecture
@@ -26,20 +26,41 @@ from edgekd.safeio.files import contained
 from edgekd.shipped import shipped_dir
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
-from edgekd.train.distiller import DistillConfig
+from edgekd.train.distiller import DistillConfig, black_box_lack
 
 Path_ = tuple[str | int, ...]
 AUTO = "auto"  # a method of distill that the pair of models decides (edgekd/wiring.py)
 _MAX_EXTENDS = 8
 _RESERVED = ("student", "preflight", "shipped")  # steps and engines that every plan has
 _LISTED = re.compile(rb"^    user = True$", re.MULTILINE)
-_PATH_FIELDS = {("data", "root"), ("teacher", "weights"), ("model", "weights"), ("model", "onnx")}
+_PATH_FIELDS = {
+    ("data", "root"),
+    ("teacher", "weights"),
+    ("model", "weights"),
+    ("model", "onnx"),
+    ("teacher", "onnx"),
+    ("teacher", "predictions"),
+}
 
 
 class TeacherConfig(ModelConfig):
-    """The model that is imitated: given weights, trained here, or both."""
+    """The model that is imitated: an architecture with given weights, trained here, or both; or, where only outputs are known, an ONNX file, or predictions."""
 
     train: TrainConfig | None = Field(None, description="train the teacher with these settings")
+    predictions: Path | None = no_key(None, "a file of what it says to each image, .npz or .csv")
+    outputs: Literal["auto", "logits", "probabilities"] = Field(
+        "auto", description="onnx, predictions: what it gives; auto: as the numbers say"
+    )
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.arch or Path(str(self.onnx or self.predictions)).name
+
+    @property
+    def black_box(self) -> bool:
+        """Whether only its outputs are known."""
+        return self.arch is None
 
 
 class TargetConfig(Config):
@@ -311,12 +332,16 @@ def _validate(name: str, tree: _Tree) -> Loaded:
     stages = _stages(raw_stages, tree.marks, problems)
     report = _reporter(tree.marks, problems)
     _check_names(value, report)
+    filled: dict[str, str] = {}
     if recipe is not None:
+        if recipe.data is not None and recipe.data.labels == "none":
+            _check_unlabelled(recipe, stages, report)
+            recipe, stages, filled = _without_labels(recipe, stages)
         _check_fit(recipe, stages, report)
     if problems or recipe is None:
         raise RecipeError(sorted(problems, key=_position), hint="see every field: edgekd recipes show quickstart; edgekd methods show NAME")
     sources = {".".join(map(str, at)): where for at, where in tree.marks.items()}
-    return Loaded(name, recipe, tuple(stages), _stage_sources(sources, tree.value))
+    return Loaded(name, recipe, tuple(stages), _stage_sources(sources, tree.value) | filled)
 
 
 def _stages(raw: Any, marks: Mapping[Path_, str], problems: list[str]) -> list[tuple[str, Settings]]:
@@ -481,8 +506,8 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
     """What no single section can know: stages that need what the recipe lacks, and their order."""
     if (recipe.model.arch is None) == (recipe.model.onnx is None):
         bad(("model",), "expected either arch or onnx")
-    if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.weights is None and not recipe.teacher.pretrained:
-        bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+    if recipe.teacher is not None:
+        _check_teacher(recipe.teacher, bad)
     if recipe.model.image_size is not None:
         bad(("model", "image_size"), "the student takes images of data.image_size; give that")
     for section, model in (("model", recipe.model), ("teacher", recipe.teacher)):
@@ -507,6 +532,12 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         at: Path_ = ("stages", i, kind)
         if kind == "distill" and recipe.teacher is None:
             bad(at, f"stage '{settings.name}' distils, and the recipe has no teacher")
+        if recipe.teacher is not None and recipe.teacher.predictions is not None:
+            _check_unmixed(at, kind, settings, bad)
+        if recipe.teacher is not None and recipe.teacher.black_box and settings.method == AUTO:
+            bad((*at, "method"), "auto goes by the families of both models, and only the teacher's outputs are known; name one, such as kd")
+        elif recipe.teacher is not None and recipe.teacher.black_box and (problem := _beyond_outputs(kind, settings)):
+            bad((*at, "method" if kind == "distill" else "distiller"), problem)
         if problem := _sampled(kind, settings):
             bad((*at, "sampled_classes"), problem)
         if recipe.model.onnx is not None and kind != "quantize":
@@ -519,6 +550,114 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
             if quantized:
                 bad(at, f"stage '{settings.name}' trains the model and must be the first that quantizes")
         quantized = quantized or kind == "quantize"
+
+
+def _check_teacher(teacher: TeacherConfig, bad: Report) -> None:
+    """One kind of teacher, with the settings of that kind."""
+    kinds = {"arch": teacher.arch, "onnx": teacher.onnx, "predictions": teacher.predictions}
+    found = [name for name, value in kinds.items() if value is not None]
+    if len(found) != 1:
+        bad(("teacher",), "expected one of arch, onnx and predictions")
+        return
+    [kind] = found
+    takes = {
+        "arch": set(ModelConfig.model_fields) | {"train"},
+        "onnx": {"mean", "std", "image_size", "outputs", "classes"},
+        "predictions": {"outputs", "classes"},
+    }[kind]
+    for name in sorted(teacher.model_fields_set - takes - set(kinds)):
+        bad(("teacher", name), f"a teacher given by {kind} does not take it; it takes {', '.join(sorted(takes - set(kinds)))}")
+    if kind == "arch" and teacher.train is None and teacher.weights is None and not teacher.pretrained:
+        bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")
+    if kind == "onnx" and (teacher.mean is None or teacher.std is None):
+        text = "an ONNX file does not say how its input is normalised: give mean and std, [0, 0, 0] and [1, 1, 1] where it does that itself"
+        bad(("teacher",), text)
+
+
+def _check_unlabelled(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) -> None:
+    """Without labels a teacher that is there already is all that can be learned from."""
+    if recipe.teacher is None:
+        bad(("data", "labels"), "without labels there is nothing to learn from but a teacher, and the recipe has none")
+    elif recipe.teacher.train is not None:
+        bad(("teacher", "train"), "a teacher is trained with labels, and data.labels is none; give its weights, onnx or predictions")
+    if recipe.baselines:
+        bad(("baselines",), "a student alone is trained with labels, and data.labels is none; leave it out")
+    if not hasattr(registry.load("task", recipe.task) if recipe.task in registry.names("task") else None, "without_labels"):
+        bad(("data", "labels"), f"the task {recipe.task} needs labels")
+    for i, (kind, settings) in enumerate(stages):
+        at: Path_ = ("stages", i, kind)
+        if kind == "train":
+            bad(at, f"stage '{settings.name}' learns from labels, and data.labels is none; use distill")
+        if (found := _imitation(kind, settings)) is None:
+            continue
+        method, distiller = found
+        if "label_weight" in distiller.config.model_fields_set and distiller.config.label_weight:
+            bad((*at, "label_weight"), "there are no labels, so its weight is 0")
+        if "labels" in distiller.needs:
+            free = [n for n in registry.names("distill") if n != "combined" and "labels" not in registry.load("distill", n).needs]
+            bad((*at, "method"), f"{method} needs labels, and data.labels is none; methods without: {', '.join(free)}")
+
+
+def _without_labels(recipe: Recipe, stages: list[tuple[str, Settings]]) -> tuple[Recipe, list[tuple[str, Settings]], dict[str, str]]:
+    """The recipe with what follows from `labels: none` filled in (classes of the teacher, no weight for the label loss), and the source of each."""
+    sources: dict[str, str] = {}
+    data, teacher = recipe.data, recipe.teacher
+    if data is not None and data.classes is None and teacher is not None and (names := _names_of(teacher)):
+        recipe = recipe.model_copy(update={"data": data.model_copy(update={"classes": names})})
+        sources["data.classes"] = "teacher"
+    found = []
+    for kind, settings in stages:
+        config: Any = settings.method_config
+        if kind == "distill" and config is not None:
+            settings = replace(settings, method_config=config.model_copy(update={"label_weight": 0.0}))
+            sources[f"{settings.name}.label_weight"] = "data.labels"
+        elif hasattr(config, "distiller_options"):
+            options = config.distiller_options | {"label_weight": 0.0}
+            settings = replace(settings, method_config=config.model_copy(update={"distiller_options": options}))
+            sources[f"{settings.name}.distiller_options.label_weight"] = "data.labels"
+        found.append((kind, settings))
+    return recipe, found, sources
+
+
+def _names_of(teacher: TeacherConfig) -> tuple[str, ...]:
+    """The classes of a teacher, where it says them."""
+    if teacher.classes or teacher.predictions is None or not teacher.predictions.is_file():
+        return teacher.classes
+    from edgekd.safeio.predictions import columns_of  # numpy, for those who have such a file
+
+    return columns_of(teacher.predictions)
+
+
+def _imitation(kind: str, settings: Settings) -> tuple[str, Any] | None:
+    """(name, distiller) of a stage that imitates the teacher, as far as the recipe says it."""
+    config: Any = settings.method_config
+    if settings.method == AUTO:
+        return None
+    if kind == "distill":
+        return str(settings.method), registry.load("distill", str(settings.method))(config)
+    if not hasattr(config, "distiller"):
+        return None
+    cls = registry.load("distill", config.distiller)
+    return config.distiller, cls(cls.Config(**config.distiller_options))
+
+
+def _beyond_outputs(kind: str, settings: Settings) -> str | None:
+    """Why a stage cannot learn from a teacher of which only the outputs are known."""
+    found = _imitation(kind, settings)
+    if found is None or not (lack := black_box_lack(found[1])):
+        return None
+    known = [n for n in registry.names("distill") if n != "combined" and not black_box_lack(registry.load("distill", n))]
+    return f"{found[0]} needs {lack}, and only the teacher's outputs are known; methods for it: {', '.join(known)}"
+
+
+def _check_unmixed(at: Path_, kind: str, settings: Settings, bad: Report) -> None:
+    """A file knows images, not mixtures of them; and it is kept whole."""
+    config: Any = settings.config if kind == "distill" else settings.method_config
+    for name in ("mixup", "cutmix"):
+        if getattr(getattr(config, "augment", None), name, 0):
+            bad((*at, "augment", name), "mixed images are new, and a file of predictions says nothing of them; set it to 0")
+    if kind == "distill" and config.sampled_classes:
+        bad((*at, "sampled_classes"), "predictions are kept whole; leave it out")
 
 
 def _sampled(kind: str, settings: Settings) -> str | None:

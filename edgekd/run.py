@@ -78,7 +78,8 @@ def _named(plan: Plan, step: Step) -> Iterator[None]:
         yield
     except EdgekdError as error:
         if error.where and (found := _INSIDE.search(error.where)):
-            model = plan.loaded.recipe.model
+            recipe = plan.loaded.recipe
+            model = recipe.teacher if recipe.teacher is not None and step.name.partition(".")[0] == "teacher" else recipe.model
             stage = "" if found.start() else f", step '{step.name}'"
             error.where = f"{error.where[: found.start()]}{found[1]}{model.onnx or model.arch}{stage}"
         raise

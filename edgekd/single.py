@@ -18,7 +18,7 @@ _DYNAMIC_SIDE = 224  # where an ONNX file takes images of any size
 class Own:
     """A user's own model and data, as a single-stage command names them."""
 
-    model: Path  # weights, an ONNX file, or for `train` the name of an architecture
+    model: Path  # weights, an ONNX file, or for `train` and `distill` the name of an architecture
     data: Path | None  # a folder of images by class, or a manifest; None: generated samples, for `export` and `compile`
     arch: str | None = None
     args: Sequence[str] = ()  # NAME=VALUE of the architecture
@@ -26,6 +26,11 @@ class Own:
     mean: Sequence[float] | None = None  # of the normalisation that the model was trained with; default: its own
     std: Sequence[float] | None = None
     accuracy_drop_max: float = 0.01
+    teacher: Path | None = None  # of `distill`: weights with `teacher_arch`, an ONNX file, or a file of predictions
+    teacher_arch: str | None = None
+    teacher_args: Sequence[str] = ()
+    teacher_mean: Sequence[float] | None = None
+    teacher_std: Sequence[float] | None = None
 
 
 def single_recipe(kind: str, body: Mapping[str, Any], own: Own, *, overrides: Sequence[str] = (), devices: Sequence[str] = ()) -> Loaded:
@@ -34,6 +39,7 @@ def single_recipe(kind: str, body: Mapping[str, Any], own: Own, *, overrides: Se
     value: dict[str, Any] = {
         "version": 1,
         **_data(own, model),
+        **({"teacher": _teacher(own)} if own.teacher is not None else {}),
         "model": model | {n: list(v) for n, v in (("mean", own.mean), ("std", own.std)) if v is not None},
         "accept": {"accuracy_drop_max": own.accuracy_drop_max},
         "stages": _stages(kind, dict(body)),
@@ -74,7 +80,7 @@ def _data(own: Own, model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model(kind: str, own: Own) -> dict[str, Any]:
     model, arch, args = own.model, own.arch, own.args
-    if kind == "train" and arch is None and not model.is_file():
+    if kind in ("train", "distill") and arch is None and not model.is_file():
         return {"arch": str(model), "args": parse_args(args)}
     if not model.is_file():
         hint = f"name a bundle's model: {model / 'model.onnx'}" if (model / "model.onnx").is_file() else None
@@ -86,6 +92,24 @@ def _model(kind: str, own: Own) -> dict[str, Any]:
             "weights need the architecture they are for", where=str(model), hint="--arch NAME; edgekd methods list architectures"
         )
     return {"arch": arch, "args": parse_args(args), "weights": str(model.resolve())}
+
+
+def _teacher(own: Own) -> dict[str, Any]:
+    teacher = Path(own.teacher or "")
+    if not teacher.is_file():
+        raise FileMissing(
+            "there is no such teacher", where=str(teacher), expected="safetensors, a checkpoint, an ONNX file, or predictions (.npz, .csv)"
+        )
+    scale = {n: list(v) for n, v in (("mean", own.teacher_mean), ("std", own.teacher_std)) if v is not None}
+    if teacher.suffix in (".onnx", ".npz", ".csv"):
+        return {"onnx" if teacher.suffix == ".onnx" else "predictions": str(teacher.resolve())} | scale
+    if own.teacher_arch is None:
+        raise UsageError(
+            "the teacher's weights need the architecture they are for",
+            where=str(teacher),
+            hint="--teacher-arch NAME; edgekd methods list architectures",
+        )
+    return {"arch": own.teacher_arch, "args": parse_args(own.teacher_args), "weights": str(teacher.resolve())} | scale
 
 
 def _stages(kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:

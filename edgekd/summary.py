@@ -90,9 +90,9 @@ class _Summary:
         return {k: row[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if row and row["p50"] is not None else None
 
     def _teacher(self) -> dict[str, Any] | None:
-        if "teacher" not in self.plan.engines:
+        if "teacher" not in self.plan.metrics:
             return None
-        return {"arch": self.recipe.teacher.arch if self.recipe.teacher else None} | self._reference("teacher")
+        return {"arch": self.recipe.teacher.name if self.recipe.teacher else None} | self._reference("teacher")
 
     def _reference(self, name: str) -> dict[str, Any]:
         """What the result is compared with (the teacher, a baseline): metrics on test, as for what ships."""
@@ -102,7 +102,7 @@ class _Summary:
             **_metric(test),
             "metrics": test["metrics"],
             "latency_ms": self._latency(name),
-            "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines[name]]),
+            "size_bytes": engine_bytes(self.done.artifacts[self.plan.engines[name]]) if name in self.plan.engines else None,
         }
 
     def _stages(self) -> list[dict[str, Any]]:
@@ -266,7 +266,11 @@ class _Summary:
         before, *after = (task.scores(np.load(a.path / "outputs.npy"), labels).tolist() for a in (reference, *shipped))
         drop, interval = max((paired_drop(before, scores) for scores in after), key=lambda found: found[0])
         met = drop <= limit
-        reason = f"test accuracy {'within' if met else 'beyond'} {limit * 100:g} points of the teacher's"
+        name = reference.json("metrics.json")["metric_name"]
+        if name == task.metric_name:
+            reason = f"test accuracy {'within' if met else 'beyond'} {limit * 100:g} points of the teacher's"
+        else:
+            reason = f"{name} with the teacher on test {'within' if met else 'beyond'} {limit * 100:g} points of all images"
         return {"accuracy_drop_max": limit, "drop": drop, "interval": list(interval), "met": met, "reference": "teacher", "reason": reason}
 
     def _resolved(self) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def measured_part(plan: Plan, names: Sequence[str], *, test: bool) -> Plan:
             inputs = {n: f"{r.removesuffix('.val')}.test" if n == "teacher?" and isinstance(r, str) else r for n, r in val.inputs.items()}
             own = f"{name}.test"
             steps.pop(own, None)  # where the plan has it, for it may stand before the teacher's
-            steps[own] = Step(own, "evaluate", replace(val.settings, name=own, config=config), inputs)
+            steps[own] = Step(own, val.stage, replace(val.settings, name=own, config=config), inputs)
     wanted = {n for name in names for n in (plan.metrics[name], *([f"{name}.test"] if test else []))}
     waiting = list(wanted)
     while waiting:

@@ -44,6 +44,12 @@ class Pair:
     def teacher(self) -> tuple[nn.Module, ModelSpec]:
         if self.loaded.recipe.teacher is None:
             raise UsageError("the recipe has no teacher, so nothing is wired", where=self.loaded.name, hint="teacher: {arch: NAME, ...}")
+        if self.loaded.recipe.teacher.black_box:
+            raise UsageError(
+                "only the outputs of the teacher are known, so there are no stages to wire",
+                where="teacher",
+                expected="a teacher with an arch",
+            )
         return self._build(self.loaded.recipe.teacher)
 
     @cached_property

@@ -138,3 +138,52 @@ def write_keys(folder: Path, *, key: Any = None, password: str = "") -> tuple[Pa
     (folder / "key.pem").write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, hidden))
     (folder / "public.pem").write_bytes(key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
     return folder / "key.pem", folder / "public.pem"
+
+
+def linear_onnx(
+    path: Path,
+    *,
+    side: int,
+    classes: int,
+    weights: tuple[Any, Any] | None = None,
+    softmax: bool = False,
+    scale: float = 1.0,
+    batch: int | None = None,
+    opset: int = 18,
+) -> Any:
+    """Writes a linear classifier of (batch, 3, side, side) images and returns it; `weights`: (classes, 3 * side * side) and (classes,), or random ones."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    weight, bias = weights or (scale * 0.1 * rng.standard_normal((classes, 3 * side * side)), rng.standard_normal(classes))
+    nodes = [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("Gemm", ["flat", "w", "b"], ["z"], transB=1)]
+    nodes += [helper.make_node("Softmax", ["z"], ["p"])] if softmax else []
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch or "n", 3, side, side])],
+        [helper.make_tensor_value_info("p" if softmax else "z", TensorProto.FLOAT, [batch or "n", classes])],
+        [numpy_helper.from_array(np.asarray(v, np.float32), n) for v, n in ((weight, "w"), (bias, "b"))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, path)
+    return model
+
+
+def digits_model(side: int = 16) -> tuple[Any, Any]:
+    """(weights, biases) of a linear classifier of scikit-learn's digits, (n, 3, side, side) of pixels in [0, 1]: nearest class mean, no training."""
+    import numpy as np
+
+    from edgekd.data.config import DataConfig
+    from edgekd.data.formats.digits import Digits
+    from edgekd.data.preprocess import preprocess
+
+    digits = Digits()
+    samples = digits.scan(DataConfig(format="digits", image_size=side)).samples
+    pixels = [preprocess(digits.image(digits.read(Path(), s.id), s.id), side, "squash", "bilinear") for s in samples]
+    flat = np.stack(pixels).transpose(0, 3, 1, 2).reshape(len(samples), -1) / 255
+    labels = np.array([s.label for s in samples])
+    means = np.stack([flat[labels == c].mean(0) for c in range(10)])
+    return 0.2 * means, -0.1 * (means**2).sum(1)

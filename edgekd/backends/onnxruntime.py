@@ -1,6 +1,6 @@
 """onnxruntime: the engine is the ONNX file itself, so that what was judged here is what a device with onnxruntime gets.
 
-Sessions use `threads` intra-op threads, one inter-op thread and sequential execution; spinning is left at onnxruntime's default (on).
+Sessions use `threads` intra-op threads, one inter-op thread and sequential execution; spinning is left at onnxruntime's default (on), but for a teacher.
 With `format: ort` the engine is an ORT-format file instead, for builds of onnxruntime that have no ONNX parser, no optimizers and few operators.
 Source: onnxruntime's documentation, "ORT model format", and its tool convert_onnx_models_to_ort.
 """
@@ -119,6 +119,10 @@ class OnnxRuntime:
     def open(self, engine: Path, *, threads: int, device: DeviceProfile, options: Mapping[str, Any] | None = None) -> OrtSession:
         return _open(engine, threads=threads, provider=_provider(device))
 
+    def open_beside(self, engine: Path, *, threads: int, device: DeviceProfile) -> OrtSession:
+        """As `open`, beside other work on the same cores: threads that spin between two runs would make that several times slower."""
+        return _open(engine, threads=threads, provider=_provider(device), spinning=False)
+
     def layers(
         self, engine: Path, feeds: Feeds, threads: int, device: DeviceProfile, options: Mapping[str, Any] | None = None
     ) -> list[Layer]:
@@ -133,8 +137,11 @@ class OnnxRuntime:
         return _aggregate(events)
 
 
-def _open(engine: Path, *, threads: int, provider: str) -> OrtSession:
-    session = _session(engine, _settings(threads), provider)
+def _open(engine: Path, *, threads: int, provider: str, spinning: bool = True) -> OrtSession:
+    settings = _settings(threads)
+    if not spinning:
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = _session(engine, settings, provider)
     got = session.get_providers()
     if not got or got[0] != provider:  # onnxruntime only warns when it falls back to another provider
         raise BackendError(f"onnxruntime fell back to {', '.join(got)}", where=engine.name, expected=provider, hint="edgekd doctor")

@@ -47,6 +47,13 @@ class DataConfig(Config):
     ] = "squash"
     interpolation: Annotated[Literal["bilinear", "bicubic"], Field(description="filter of the resize, with antialiasing")] = "bilinear"
     split: Annotated[SplitConfig, Field(description="fractions for parts that the dataset does not have")] = SplitConfig()
+    labels: Annotated[
+        Literal["given", "none"],
+        Field(description="none: images without labels; a teacher's decisions stand for them, and metrics are agreement with it"),
+    ] = "given"
+    classes: Annotated[
+        tuple[str, ...] | int | None, Field(description="labels: none: names of the classes, or how many; by default those of the teacher")
+    ] = None
     max_per_class: Annotated[int | None, Field(ge=1, description="at most this many samples of each class in each part, for trials")] = None
     on_bad_image: Annotated[Literal["fail", "skip"], Field(description="skip leaves out images that do not decode, and names them")] = (
         "fail"
@@ -54,6 +61,21 @@ class DataConfig(Config):
     max_bad: Annotated[float, Field(ge=0, le=0.5, description="largest fraction of images that skip may leave out")] = 0.001
     cache: Literal["auto", "on", "off"] = no_key("auto", "keep decoded pixels on disk; auto does where they fit in 4 GiB")
     workers: int = no_key(2, "threads that read and decode", ge=0, le=64)
+
+    @model_validator(mode="after")
+    def _labels_are_there_or_not(self) -> DataConfig:
+        if self.labels == "given" and self.classes is not None:
+            raise ValueError("classes are those of the labels; leave them out, or set labels: none")
+        if self.labels == "none" and (self.max_per_class or self.split.train_per_class):
+            raise ValueError("max_per_class and train_per_class count by label, and there are none")
+        if len(set(self.class_names)) < len(self.class_names) or (self.classes is not None and len(self.class_names) < 2):
+            raise ValueError("classes: expected two or more, each once")
+        return self
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of data without labels; a class without a name has its number."""
+        return tuple(map(str, range(self.classes))) if isinstance(self.classes, int) else self.classes or ()
 
 
 class SamplesConfig(Config):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgekd.data.config import DataConfig
 from edgekd.data.decode import Decoder
-from edgekd.data.index import PARTS, Index, Sample, format_of, root_of, scan
+from edgekd.data.index import PARTS, UNLABELLED, Index, Sample, format_of, root_of, scan
 from edgekd.data.splits import assign, check, shared_contents
 from edgekd.errors import DataRefused, ImageRefused
 from edgekd.safeio.files import resource_errors
@@ -52,7 +52,7 @@ class Dataset:
     cached: bool
     _parts: npt.NDArray[np.int8]  # (n,), position in PARTS
     _source: npt.NDArray[np.uint8] | _Source
-    labelled: bool = True  # False: generated images, whose labels mean nothing
+    labelled: bool = True  # False: labels mean nothing, for the images are generated, or no teacher has decided on them yet
 
     @classmethod
     def open(cls, path: Path, root: Path | None = None, *, workers: int = 0) -> Dataset:
@@ -64,7 +64,7 @@ class Dataset:
             raise DataRefused(f"the dataset has version {raw['version']}", where=str(path), expected=str(VERSION), hint="build it again")
         parts = np.asarray([PARTS.index(p) for p in raw["splits"]], dtype=np.int8)
         source = _pixels(path / IMAGES, raw) if (path / IMAGES).exists() else _Source.of(raw, root, workers)
-        labels = np.asarray(raw["labels"], dtype=np.int64)
+        labels = np.asarray(raw["labels"], dtype=np.int64).clip(0)  # without a label: of the first class, and `labelled` is False
         cached = not isinstance(source, _Source)
         return cls(
             tuple(raw["classes"]), tuple(raw["ids"]), labels, int(raw["image_size"]), cached, parts, source, bool(raw.get("labelled", True))
@@ -169,7 +169,8 @@ def _columns(cfg: DataConfig, index: Index, samples: Iterable[Sample], skipped: 
     ids, labels, splits, sizes, sha256 = zip(*samples, strict=True)
     settings = {"format": cfg.format, "image_size": cfg.image_size, "resize": cfg.resize, "interpolation": cfg.interpolation}
     columns = {"ids": ids, "labels": labels, "splits": splits, "sizes": sizes, "sha256": sha256}
-    return {"version": VERSION, **settings, "classes": index.classes, **columns, "skipped": skipped}
+    labelled = {"labelled": False} if UNLABELLED in labels else {}
+    return {"version": VERSION, **settings, "classes": index.classes, **columns, "skipped": skipped} | labelled
 
 
 def _meta(index: Index, samples: Sequence[Sample], skipped: dict[str, str], *, pixels_kept: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PARTS = ("train", "val", "test")
+UNLABELLED = -1
 
 
 class Sample(NamedTuple):
     """One image. `id` is a relative posix path, or stable within its container; the format reads the sample's bytes by it."""
 
     id: str
-    label: int
+    label: int  # position in the classes, or UNLABELLED
     split: str | None  # one of PARTS; None: not assigned yet
     size: int  # bytes
     sha256: str
@@ -61,12 +62,33 @@ def scan(cfg: DataConfig, *, cache_dir: Path | None = None) -> Index:
     if not index.samples:
         seen = f"; it holds {sum(index.ignored.values())} other files ({', '.join(index.ignored)})" if index.ignored else ""
         raise DataRefused(f"the dataset is empty{seen}", where=where, expected="images in class folders or records", hint="check data.root")
+    if cfg.labels == "none":
+        index = _without_labels(index, cfg, where)
     if len(index.classes) < 2:
         raise DataRefused(
             f"the dataset has one class only: {index.classes[0]}", where=where, expected="two or more", hint="check data.root"
         )
     _check_ids(index.samples, where)
     return index
+
+
+def judged_by_labels(index: Index) -> bool:
+    """Whether all of val and test is there and labelled."""
+    judged = [s for s in index.samples if s.split in ("val", "test")]
+    return {s.split for s in judged} == {"val", "test"} and all(s.label != UNLABELLED for s in judged)
+
+
+def _without_labels(index: Index, cfg: DataConfig, where: str) -> Index:
+    """The classes of `data.classes`. Labels of val and test are kept where both have one of them on every image, all others are dropped."""
+    names = cfg.class_names
+    if not names:
+        raise DataRefused(
+            "nothing says how many classes there are", where=where, hint="-o data.classes=N, or their names: -o 'data.classes=[a, b]'"
+        )
+    place = {label: names.index(name) for label, name in enumerate(index.classes) if name in names}
+    kept = [s._replace(label=place.get(s.label, UNLABELLED) if s.split in ("val", "test") else UNLABELLED) for s in index.samples]
+    found = replace(index, classes=names, samples=tuple(kept))
+    return found if judged_by_labels(found) else replace(found, samples=tuple(s._replace(label=UNLABELLED) for s in kept))
 
 
 def format_of(name: str) -> Format:

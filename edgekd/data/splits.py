@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 from edgekd.data.config import DataConfig
-from edgekd.data.index import PARTS, Index, Sample, root_of
+from edgekd.data.index import PARTS, UNLABELLED, Index, Sample, root_of
 from edgekd.errors import DataRefused
 
 
@@ -25,7 +25,7 @@ def assign(index: Index, cfg: DataConfig, seed: int) -> tuple[Sample, ...]:
             part_of.update((s.id, part) for s in ranked[:take])
             ranked = ranked[take:]
         if not ranked:
-            raise _too_small(index.classes[label], len(pool), missing, where)
+            raise _too_small("the folder" if label == UNLABELLED else f"class {index.classes[label]}", len(pool), missing, where)
     samples = tuple(s._replace(split=part_of[s.id]) for s in index.samples)
     check(samples, index.classes, where)
     limits = dict.fromkeys(PARTS, cfg.max_per_class)
@@ -42,7 +42,7 @@ def check(samples: Iterable[Sample], classes: tuple[str, ...], where: str) -> No
             raise DataRefused(
                 f"the {part} part is empty", where=where, expected="train, val and test samples", hint="add images to that part"
             )
-    for label, name in enumerate(classes):
+    for label, name in enumerate(classes) if not count["train", UNLABELLED] else ():
         if not count["train", label]:
             raise DataRefused(
                 f"class {name} has no training sample", where=where, expected="at least one in train", hint="add images or remove the class"
@@ -83,7 +83,7 @@ def _by_label(samples: Iterable[Sample]) -> dict[int, list[Sample]]:
     return groups
 
 
-def _too_small(name: str, count: int, missing: list[str], where: str) -> DataRefused:
-    what = f"class {name} has {count} training sample{'s' * (count != 1)}, too few to split off {' and '.join(missing)}"
+def _too_small(group: str, count: int, missing: list[str], where: str) -> DataRefused:
+    what = f"{group} has {count} training sample{'s' * (count != 1)}, too few to split off {' and '.join(missing)}"
     hint = "add images, remove the class, or provide the parts yourself"
     return DataRefused(what, where=where, expected=f"at least {len(missing) + 1} per class", hint=hint)

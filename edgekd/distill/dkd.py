@@ -50,7 +50,7 @@ class DKD:
             0.083, ge=0, le=1, description="share of training in which both weights grow from 0: 20 of 240 epochs in the source"
         )
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    needs: ClassVar[frozenset[str]] = frozenset({"logits", "labels"})
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):

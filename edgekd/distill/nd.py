@@ -36,7 +36,7 @@ class ND:
         weight: float = Field(2.0, ge=0, description="weight of the term; 0.5 to 2 in the source, most for small students")
         dropout: float = Field(0.5, ge=0, lt=1, description="of the projector, where the widths of the features differ")
 
-    needs: ClassVar[frozenset[str]] = frozenset({"embedding", "class_means"})
+    needs: ClassVar[frozenset[str]] = frozenset({"embedding", "class_means", "labels"})
     co_trains: ClassVar[bool] = False
 
     def __init__(self, config: Config):

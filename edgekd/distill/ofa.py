@@ -29,7 +29,7 @@ def ofa_loss(student: Tensor, teacher: Tensor, mask: Tensor, gamma: float, tempe
 
     log_student = F.log_softmax(student / temperature, dim=1)
     p_teacher = F.softmax(teacher / temperature, dim=1)
-    weight = (p_teacher + mask) ** gamma - mask
+    weight = (p_teacher + mask) ** gamma - mask if gamma != 1 else p_teacher  # the same up to rounding, and no label has a say
     return -(weight * log_student).sum(dim=1).mean()
 
 
@@ -49,6 +49,8 @@ class OFA:
 
     def __init__(self, config: Config):
         self.config = config
+        if config.gamma != 1:  # else the target class is not enhanced
+            self.needs = type(self).needs | {"labels"}  # type: ignore[misc]
         self.branches: nn.ModuleDict | None = None
         self.explicit = config
 

@@ -31,8 +31,10 @@ class ModelConfig(Config):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="hash that the weights file must have")
     mean: Triple | None = Field(None, description="channel means of the normalisation; default: the architecture's own")
     std: Triple | None = Field(None, description="channel deviations of the normalisation; default: the architecture's own")
-    image_size: int | None = Field(None, ge=8, le=1024, description="teacher: height and width that it takes; default: the data's")
-    classes: tuple[str, ...] = Field((), description="names of the given weights' outputs, in their order; none: the data's classes")
+    image_size: int | None = Field(
+        None, ge=1, le=4096, description="of a teacher: height and width that it takes; default: its file's, or the data's"
+    )
+    classes: tuple[str, ...] = Field((), description="names of the outputs of what is given, in its order; none: the data's classes")
     onnx: Path | None = no_key(None, "an existing ONNX file instead of an architecture (graph stages only)")
 
     @field_validator("args")

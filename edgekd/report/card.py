@@ -13,6 +13,8 @@ _PRECISIONS = {
     "codebook": "weights as indices of a few values, computed in 32-bit floats",
 }
 
+_UNLABELLED = """Its images had no labels. `agreement` is the share of images on which it decides as its teacher does, right or wrong: of its accuracy nothing is known."""
+
 
 def model_card(
     facts: Mapping[str, Any],
@@ -55,7 +57,8 @@ def _tested(test: Mapping[str, Any] | None) -> str:
     if test is None:
         return "Accuracy was not measured: no data were given. Its labels are the numbers of the outputs.\n"
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(test["metrics"].items()))
-    return f"On {test['samples']} test images, read once, by this file:\n\n| metric | value |\n|---|---|\n{metrics}\n"
+    unlabelled = f"{_UNLABELLED}\n\n" if test["metric_name"] == "agreement" else ""
+    return f"{unlabelled}On {test['samples']} test images, read once, by this file:\n\n| metric | value |\n|---|---|\n{metrics}\n"
 
 
 def _compared(parity: Sequence[Mapping[str, Any]], images: str) -> str:

@@ -43,7 +43,12 @@ def unchanged(path: Path, settings: Settings) -> None:
 
 def task_of(settings: Settings) -> Task:
     task: Task = registry.load("task", str(settings.facts.get("task", "classification")))()
-    return task
+    return task.without_labels() if settings.facts.get("imitates") else task  # type: ignore[attr-defined]
+
+
+def measured_by(task: Task) -> str:
+    """What a task's metric counts, in words."""
+    return str(getattr(task, "measures", "accuracy"))
 
 
 def training_device() -> str:

@@ -17,6 +17,7 @@ from edgekd.stages._stage import Settings
 
 if TYPE_CHECKING:
     from edgekd.context import Context
+    from edgekd.train.black_box import BlackBox
 
 _BATCH = 128
 _SAVE_SECONDS = 10.0
@@ -32,7 +33,7 @@ class Answers:
         autocast: bool = Field(False, description="where no decision says it: bf16")
         channels_last: bool = Field(False, description="where no decision says it: memory layout")
 
-    takes: Mapping[str, Kind] = {"teacher": Kind.MODEL, "data": Kind.DATA, "speed?": Kind.DECISION}
+    takes: Mapping[str, Kind] = {"teacher?": Kind.MODEL, "black_box?": Kind.GRAPH, "data": Kind.DATA, "speed?": Kind.DECISION}
     gives = Kind.ANSWERS
     version = 1
     libraries = ("torch", "timm")
@@ -43,12 +44,18 @@ class Answers:
         from edgekd.data.augment import augment
         from edgekd.data.loader import batches
         from edgekd.stages._common import open_dataset, training_device
-        from edgekd.stages.distill import teacher_of
+        from edgekd.stages.distill import black_box_of, teacher_of
         from edgekd.train.answers import About, Writer
+        from edgekd.train.loop import Teacher
 
         config, dataset = settings.typed(self.Config), open_dataset(inputs["data"], ctx)
-        teacher, spec = teacher_of(inputs, autocast=config.autocast, channels_last=config.channels_last)
-        about = About(spec.num_classes, config.views, config.samples if config.samples < spec.num_classes else 0, config.temperature)
+        classes = len(dataset.classes)
+        teacher: Teacher | BlackBox
+        if "black_box" in inputs:
+            teacher = black_box_of(inputs["black_box"], ctx)
+        else:
+            teacher, _ = teacher_of(inputs, autocast=config.autocast, channels_last=config.channels_last)
+        about = About(classes, config.views, config.samples if config.samples < classes else 0, config.temperature)
         writer = Writer(ctx.work, about, dataset.split("train"), ctx.seed)
         first, saved, started = writer.done, time.monotonic(), time.monotonic()
         with ctx.console.bar(settings.name, writer.total) as bar, ctx.stop.deferred():
@@ -65,4 +72,5 @@ class Answers:
                         saved = time.monotonic()
                     ctx.stop.check()
         writer.publish(out)
-        return {"views": about.views, "images": len(dataset.split("train")), "kept": about.width, "autocast": teacher.speed.autocast}
+        autocast = isinstance(teacher, Teacher) and teacher.speed.autocast
+        return {"views": about.views, "images": len(dataset.split("train")), "kept": about.width, "autocast": autocast}

@@ -147,7 +147,8 @@ def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Arti
     if "test" in inputs:
         metrics = inputs["test"].json(METRICS)
         shown = ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics["metrics"].items()))
-        tested = f"test metrics of this file, {metrics['samples']} images: {shown}"
+        against = ", against its teacher's decisions, for there are no labels" if metrics["metric_name"] == "agreement" else ""
+        tested = f"test metrics of this file, {metrics['samples']} images{against}: {shown}"
     origin = "\n".join(f"- {k}: {v}" for k, v in sorted(config.provenance.items()))
     return f"""# What this is
 

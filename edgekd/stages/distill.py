@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from edgekd.artifact import Artifact, Kind
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, read_decision
+from edgekd.stages.export import FACTS, GRAPH
 from edgekd.stages.train import learn, prepare
 from edgekd.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.models.spec import ModelSpec
+    from edgekd.train.black_box import BlackBox
     from edgekd.train.distiller import Distiller
     from edgekd.train.loop import Job, Teacher
 
@@ -25,7 +27,8 @@ class Distill:
     takes: Mapping[str, Kind] = {
         "model": Kind.MODEL,
         "data": Kind.DATA,
-        "teacher": Kind.MODEL,
+        "teacher?": Kind.MODEL,
+        "black_box?": Kind.GRAPH,
         "answers?": Kind.ANSWERS,
         "speed?": Kind.DECISION,
     }
@@ -50,16 +53,29 @@ def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[
     """Gives the job its teacher, the distiller's loss and its projectors; returns what is recorded of it."""
     from edgekd.models.build import load_model
     from edgekd.train.answers import Answers
-    from edgekd.train.pair import teach
+    from edgekd.train.pair import listen, teach
 
     if "answers" in inputs:
         answers = Answers(inputs["answers"].path, job.dataset.split("train"), job.device)
+        if "teacher" not in inputs:
+            listen(job, distiller, answers)
+            return {"views": answers.about.views}
         teach(job, distiller, answers, *load_model(inputs["teacher"]))
         return {"views": answers.about.views}
+    if "black_box" in inputs:
+        listen(job, distiller, black_box_of(inputs["black_box"], ctx))
+        return {}
     config = settings.typed(TrainConfig)
     live, spec = teacher_of(inputs, autocast=config.autocast == "bf16", channels_last=config.channels_last == "on")
     teach(job, distiller, live, live.model, spec)
     return {"teacher_autocast": live.speed.autocast}
+
+
+def black_box_of(graph: Artifact, ctx: Context) -> BlackBox:
+    """The teacher in a graph that `read_teacher` made."""
+    from edgekd.stages.read_teacher import opened
+
+    return opened(graph.path / GRAPH, graph.json(FACTS), ctx)
 
 
 def teacher_of(inputs: Mapping[str, Artifact], *, autocast: bool, channels_last: bool) -> tuple[Teacher, ModelSpec]:

@@ -42,9 +42,9 @@ class Evaluate:
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         import numpy as np
 
-        from edgekd.stages._common import open_dataset, task_of
+        from edgekd.stages._common import open_dataset
 
-        config, task = settings.typed(self.Config), task_of(settings)
+        config = settings.typed(self.Config)
         split = config.split
         dataset = open_dataset(inputs["data"], ctx)
         positions = dataset.split(split)
@@ -63,28 +63,36 @@ class Evaluate:
             ctx.console.warn(
                 f"{settings.name}: the outputs of {bad} of {len(outputs)} images are not finite; they count as wrong answers at best"
             )
-        teacher = np.load(inputs["teacher"].path / OUTPUTS) if "teacher" in inputs else None
-        labels = dataset.labels[positions]
-        if hasattr(task, "misfit") and (wrong := task.misfit(outputs, len(dataset.classes))):
-            raise InputRefused(
-                wrong, where=settings.name, expected="one output a class", hint="another model, or the folder it was trained on"
-            )
-        metrics = task.metrics(outputs, labels, teacher)
-        if config.above_chance and hasattr(task, "order") and (order := task.order(outputs, labels)):
-            raise _other_order([dataset.classes[i] for i in order], settings.name)
-        if config.above_chance and hasattr(task, "chance"):
-            _assert_above_chance(metrics[task.metric_name], task.chance(labels), len(labels), settings.name)
-        np.save(out / OUTPUTS, outputs)
-        np.save(out / LABELS, labels)
-        body = {
-            "split": split,
-            "metric_name": task.metric_name,
-            "metrics": metrics,
-            "samples": len(positions),
-            "confusion": task.confusion(outputs, labels, len(dataset.classes)),
-        }
-        (out / METRICS).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
-        return {task.metric_name: metrics[task.metric_name]}
+        return judge(outputs, settings, config, dataset, inputs.get("teacher"), out)
+
+
+def judge(
+    outputs: NDArray[np.float32], settings: Settings, config: Any, dataset: Dataset, teacher: Artifact | None, out: Path
+) -> dict[str, Any]:
+    """Writes outputs (samples, ...) of a split with their metrics into the folder `out`; raises InputRefused for a teacher that knows nothing."""
+    import numpy as np
+
+    from edgekd.stages._common import task_of
+
+    task, labels = task_of(settings), dataset.labels[dataset.split(config.split)]
+    if hasattr(task, "misfit") and (wrong := task.misfit(outputs, len(dataset.classes))):
+        raise InputRefused(wrong, where=settings.name, expected="one output a class", hint="another model, or the folder it was trained on")
+    metrics = task.metrics(outputs, labels, np.load(teacher.path / OUTPUTS) if teacher else None)
+    if config.above_chance and hasattr(task, "order") and (order := task.order(outputs, labels)):
+        raise _other_order([dataset.classes[i] for i in order], settings.name)
+    if config.above_chance and hasattr(task, "chance"):
+        _assert_above_chance(metrics[task.metric_name], task.chance(labels), len(labels), settings.name)
+    np.save(out / OUTPUTS, outputs)
+    np.save(out / LABELS, labels)
+    body = {
+        "split": config.split,
+        "metric_name": task.metric_name,
+        "metrics": metrics,
+        "samples": len(labels),
+        "confusion": task.confusion(outputs, labels, len(dataset.classes)),
+    }
+    (out / METRICS).write_text(json.dumps(body, sort_keys=True), encoding="utf-8")
+    return {task.metric_name: metrics[task.metric_name]}
 
 
 def _other_order(classes: list[str], name: str) -> InputRefused:

@@ -71,7 +71,7 @@ def gather(settings: Settings, config: Any, inputs: Mapping[str, Artifact]) -> E
 
     from edgekd.profile.causes import slow_causes
     from edgekd.profile.device import load_device
-    from edgekd.stages._common import task_of
+    from edgekd.stages._common import measured_by, task_of
 
     before, after, task = inputs["before"], inputs["after"], task_of(settings)
     labels = np.load(inputs["before_metrics"].path / LABELS)
@@ -86,7 +86,7 @@ def gather(settings: Settings, config: Any, inputs: Mapping[str, Artifact]) -> E
     causes = tuple(slow_causes(engine_file(before), engine_file(after), quantum)) if interval is None or interval[1] >= 1 else ()
     sizes = engine_bytes(before), engine_bytes(after)
     wants, unmet = wants_of(config.budget.model_dump()), _unmet(config.budget, p50, sizes[0])
-    return Evidence(*sizes, ratio, interval, drop, drop_ci, left, wants, unmet, untimed, causes, same)
+    return Evidence(*sizes, ratio, interval, drop, drop_ci, left, wants, unmet, untimed, causes, same, measured_by(task))
 
 
 def _unmet(budget: Budget, p50: dict[str, Any] | None, size: int) -> frozenset[str]:

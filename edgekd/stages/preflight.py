@@ -24,15 +24,16 @@ from edgekd.stages._stage import Settings, write_decision
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from edgekd.console import Console
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
+    from edgekd.models.taps import TappedModel
     from edgekd.quantize._quantizer import ModelQuantizer
     from edgekd.tasks._task import Task
-    from edgekd.train.distiller import Distiller
+    from edgekd.train.distiller import Distiller, Outputs
 
 _BATCH = 4
 
@@ -66,7 +67,13 @@ class Preflight:
         places: tuple[Place, ...] = Field((), description="targets that this machine can run")
         teacher_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the teacher's training")
 
-    takes: Mapping[str, Kind] = {"student": Kind.MODEL, "teacher?": Kind.MODEL, "data": Kind.DATA}
+    takes: Mapping[str, Kind] = {
+        "student": Kind.MODEL,
+        "teacher?": Kind.MODEL,
+        "black_box?": Kind.GRAPH,
+        "answers?": Kind.ANSWERS,
+        "data": Kind.DATA,
+    }
     gives = Kind.DECISION
     version = 1
     libraries = ("torch", "timm", "torch-pruning", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
@@ -82,8 +89,8 @@ class Preflight:
         for probe in config.probes:
             if probe.stage == "distill":
                 with _named(probe.name):
-                    distiller = _distil_once(probe, student, spec, inputs["teacher"], dataset, task_of(settings))
-                    found = _cautions(probe, distiller, (student, spec), inputs["teacher"], config.teacher_smoothing)
+                    distiller = _distil_once(probe, (student, spec), inputs, dataset, task_of(settings), ctx)
+                    found = _cautions(probe, distiller, (student, spec), inputs, config.teacher_smoothing)
                 warnings += [text for text in found if text not in warnings]
         built = _build_all(config, _pruned(config, student, spec, dataset, settings), spec, ctx.console)
         write_decision(out, {"built": built, "warnings": warnings})
@@ -115,36 +122,33 @@ def _named(stage: str) -> Iterator[None]:
         ) from error
 
 
-def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Artifact, dataset: Dataset, task: Task) -> Distiller:
+def _distil_once(
+    probe: Probe, student: tuple[nn.Module, ModelSpec], inputs: Mapping[str, Artifact], dataset: Dataset, task: Task, ctx: Context
+) -> Distiller:
     """One batch: every answer, term and gradient must be finite."""
     import copy
 
     import torch
 
     from edgekd.data.augment import to_float
-    from edgekd.models.build import load_model
     from edgekd.train.distiller import Batch, Outputs
-    from edgekd.train.pair import wire
     from edgekd.train.views import View
 
     cls = registry.load("distill", str(probe.method))
     distiller: Distiller = cls(cls.Config(**probe.config))
-    net = copy.deepcopy(student).train()
-    guide, guide_spec = load_model(teacher)
-    view, positions = View(guide_spec), dataset.split("train")[:_BATCH]
-    wired = wire(distiller, (net, spec), (guide, guide_spec), view, dataset, positions, seed=0)
-    images = to_float(torch.from_numpy(dataset.images(positions)))
-    with torch.no_grad():
-        answer = Outputs.of(*wired.teacher(view(images)))
+    net, spec = copy.deepcopy(student[0]).train(), student[1]
+    positions = dataset.split("train")[:_BATCH]
+    images, index = to_float(torch.from_numpy(dataset.images(positions))), torch.from_numpy(positions)
+    seen, answer = _answered(distiller, (net, spec), inputs, dataset, (images, index), ctx)
     if not bool(answer.logits.isfinite().all()):
         raise TrainingDiverged(
             "the teacher's outputs are not finite on the first batch",
             expected="finite outputs",
             hint="check its weights, teacher.mean and teacher.std",
         )
-    given = Outputs.of(*wired.student(View(spec)(images)))
+    given = Outputs.of(*seen(View(spec)(images)))
     target = task.collate(dataset.labels[positions], len(dataset.classes))
-    terms = distiller.terms(Batch(given, answer, target, torch.from_numpy(positions), 0.0))
+    terms = distiller.terms(Batch(given, answer, target, index, 0.0))
     for name, term in terms.items():
         if not bool(term.isfinite()):
             raise TrainingDiverged(f"loss term '{name}' is {float(term)} on the first batch", expected="a finite term")
@@ -155,14 +159,48 @@ def _distil_once(probe: Probe, student: nn.Module, spec: ModelSpec, teacher: Art
     return distiller
 
 
-def _cautions(probe: Probe, distiller: Distiller, student: tuple[nn.Module, ModelSpec], teacher: Artifact, smoothing: float) -> list[str]:
-    """What is known to go wrong with such a pair, for the stage."""
+def _cautions(
+    probe: Probe, distiller: Distiller, student: tuple[nn.Module, ModelSpec], inputs: Mapping[str, Artifact], smoothing: float
+) -> list[str]:
+    """What is known to go wrong with such a pair, for the stage; of a teacher that is known by its outputs only, nothing is."""
     from edgekd.distill._advice import cautions, facts_of
     from edgekd.models.build import load_model
     from edgekd.train.pair import side
 
-    facts = facts_of(side(*student), side(*load_model(teacher)), smoothing)
+    if "teacher" not in inputs:
+        return []
+    facts = facts_of(side(*student), side(*load_model(inputs["teacher"])), smoothing)
     return [f"{probe.name}: {text}" for text in cautions(str(probe.method), distiller, facts)]
+
+
+def _answered(
+    distiller: Any,
+    student: tuple[nn.Module, ModelSpec],
+    inputs: Mapping[str, Artifact],
+    dataset: Dataset,
+    batch: tuple[Tensor, Tensor],
+    ctx: Context,
+) -> tuple[TappedModel, Outputs]:
+    """The student with its hooks, and what the teacher says to the batch (images, index)."""
+    import torch
+
+    from edgekd.models.build import load_model
+    from edgekd.stages.distill import black_box_of
+    from edgekd.train.answers import Answers
+    from edgekd.train.distiller import Outputs
+    from edgekd.train.pair import wire, wire_student
+    from edgekd.train.views import View
+
+    train = dataset.split("train")
+    if "teacher" not in inputs:
+        ask = black_box_of(inputs["black_box"], ctx) if "black_box" in inputs else Answers(inputs["answers"].path, train)
+        tapped, _ = wire_student(distiller, *student, train, seed=0)
+        return tapped, ask(*batch, 0)
+    guide, guide_spec = load_model(inputs["teacher"])
+    view = View(guide_spec)
+    wired = wire(distiller, student, (guide, guide_spec), view, dataset, train[:_BATCH], seed=0)
+    with torch.no_grad():
+        return wired.student, Outputs.of(*wired.teacher(view(batch[0])))
 
 
 def _build_all(config: Any, model: nn.Module, spec: ModelSpec, console: Console) -> list[str]:

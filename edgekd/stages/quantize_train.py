@@ -31,6 +31,7 @@ class QuantizeTrain:
         "model": Kind.MODEL,
         "data": Kind.DATA,
         "teacher?": Kind.MODEL,
+        "black_box?": Kind.GRAPH,
         "answers?": Kind.ANSWERS,
         "speed?": Kind.DECISION,
     }
@@ -48,7 +49,7 @@ class QuantizeTrain:
         wanted = epoch_order(ctx.seed, 0, job.dataset.split("train"))[: quantizer.config.samples]
         quantizer.attach(job.model, seen(job.spec, job.dataset, job.task, wanted), str(settings.facts["flavour"]))
         done: dict[str, Any] = {}
-        if "teacher" in inputs:
+        if {"teacher", "black_box", "answers"} & inputs.keys():
             distiller = registry.load("distill", quantizer.config.distiller)
             done = imitate(job, distiller(distiller.Config(**quantizer.config.distiller_options)), settings, inputs, ctx)
         done |= learn(job, out, ctx, finish=lambda model: save_grid(out, quantizer.bake(model)))

@@ -46,6 +46,8 @@ class Race:
     libraries = ("onnxruntime-gpu", "onnxruntime", "openvino")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.stages._common import measured_by, task_of
+
         config = settings.typed(self.Config)
         engines = {name: inputs[f"*{name}"] for name in config.candidates}
         opened, drops, refused = _judged(settings, engines, config.threads, inputs, ctx)
@@ -61,7 +63,7 @@ class Race:
                 Candidate(name, size, row["ratio"], row["ci95"], *drops[name], rounded=name not in config.plain, missed=missed)
             )
         left = config.accuracy_drop_max - (metric_of(inputs["reference_metrics"])[1] - metric_of(inputs["start_metrics"])[1])
-        chosen, reason = pick(candidates, left, enabled=config.enabled)
+        chosen, reason = pick(candidates, left, enabled=config.enabled, measures=measured_by(task_of(settings)))
         body = {
             "chosen": chosen.name,
             "verdict": "kept" if chosen.rounded else "rolled back",

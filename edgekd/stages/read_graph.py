@@ -44,7 +44,7 @@ class ReadGraph:
         given, dataset = check_onnx(out / GRAPH, where=config.onnx), open_dataset(inputs["data"], ctx)
         if settings.facts.get("quantizes"):  # before anything is measured; a quantizer would say the same of a copy in the store
             assert_fp32(given, str(config.onnx))
-        _assert_numbers(given, config.onnx)
+        assert_numbers(given, config.onnx)
         proto = raised(given, str(config.onnx))
         if proto is not given:
             ctx.console.warn(f"{config.onnx.name} uses opset {opset_of(given)}: it was brought to {opset_of(proto)}, with the same outputs")
@@ -71,7 +71,7 @@ class ReadGraph:
         return {"arch": config.onnx.stem, "nodes": len(proto.graph.node)}
 
 
-def _assert_numbers(proto: Any, path: Path) -> None:
+def assert_numbers(proto: Any, path: Path) -> None:
     """Raises OnnxRefused for weights that are not numbers: nothing that is computed from them can be compared. Infinities mask attention, and may stay."""
     import numpy as np
     from onnx import numpy_helper

@@ -40,7 +40,9 @@ class Task(Protocol):
     def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]] | None:
         """Counts by true row and decided column, or None where the task has none."""
 
-    # Four more, which a task may leave out:
+    # Six more, which a task may leave out:
+    #   measures: what `metric_name` counts, in words; default: accuracy
+    #   without_labels() -> Task: the same task where labels are a teacher's decisions, so that the metric is agreement with it
     #   clear(outputs, room) -> (n,) bool: the samples whose answer stays when every output is off by `room`; agreement is judged on these
     #   misfit(outputs, classes) -> str | None: why these outputs cannot belong to data of so many classes, in a sentence
     #   order(outputs, labels) -> list[int] | None: which class each output stands for, where that is clearly not the class of its number

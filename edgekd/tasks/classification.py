@@ -19,6 +19,12 @@ class Classification:
     """Cross-entropy, top-1 and top-5, expected calibration error."""
 
     metric_name = "top1"
+    measures = "accuracy"
+
+    def without_labels(self) -> Classification:
+        imitating = Classification()
+        imitating.metric_name, imitating.measures = "agreement", "agreement with the teacher"
+        return imitating
 
     def collate(self, labels: Ints, classes: int) -> Tensor:
         import torch  # the CLI lists tasks without torch
@@ -70,7 +76,9 @@ class Classification:
         return correct
 
     def metrics(self, outputs: Floats, labels: Ints, teacher: Floats | None) -> dict[str, float]:
-        """top1, top5 (where there are more than five classes), ece, and agreement with the teacher."""
+        """top1, top5 (where there are more than five classes), ece, and agreement with the teacher, which is all that can be said without labels."""
+        if self.metric_name == "agreement":
+            return {"agreement": float(self.scores(outputs, labels).mean())}
         found = {"top1": float(self.scores(outputs, labels).mean()), "ece": calibration_error(outputs, labels)}
         if outputs.shape[1] > 5:
             best = outputs.argsort(1)[:, -5:]

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 # What a method may ask to have computed. taps: the student's features by stage; teacher_taps: the teacher's; embedding: what both classifiers read;
-# class_means: the teacher's mean embedding of each class; modules: layers of the teacher that the method runs itself.
-NEEDS = frozenset({"logits", "taps", "teacher_taps", "embedding", "class_means", "modules"})
+# class_means: the teacher's mean embedding of each class; modules: layers of the teacher that the method runs itself; labels: `Batch.target`.
+NEEDS = frozenset({"logits", "taps", "teacher_taps", "embedding", "class_means", "modules", "labels"})
+OUTPUTS_ALONE = frozenset({"logits", "taps", "labels"})  # what can be had with a teacher of which only the outputs are known
 
 
 class DistillConfig(Config):
@@ -81,6 +82,13 @@ class Batch:
         if mine is None or its is None:
             raise ValueError("the distiller reads embeddings and does not name them in `needs`")
         return mine, its
+
+
+def black_box_lack(distiller: Any) -> str:
+    """What a distiller (or its class) asks of a teacher beyond its outputs, in words; empty where the outputs are enough."""
+    if more := sorted(distiller.needs - OUTPUTS_ALONE):
+        return " and ".join(more)
+    return "the teacher's family" if getattr(distiller, "pairs", None) else ""
 
 
 class Distiller(Protocol):

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edgekd.models.taps import TappedModel
     from edgekd.tasks._task import Task
     from edgekd.train.answers import Answers
+    from edgekd.train.black_box import BlackBox
     from edgekd.train.distiller import Distiller
 
 _CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = 10.0, 0.02  # at least so far apart, and at most this part of the time
@@ -84,7 +85,7 @@ class Job:
     speed: Speed = field(default_factory=Speed)
     distiller: Distiller | None = None
     label_weight: float = 1.0
-    teacher: Teacher | Answers | None = None
+    teacher: Teacher | Answers | BlackBox | None = None
     tapped: TappedModel | None = None  # the student with hooks, where the distiller needs features
     projectors: nn.Module | None = None
     device: str = "cpu"

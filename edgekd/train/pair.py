@@ -13,7 +13,7 @@ from edgekd.data.augment import to_float
 from edgekd.data.loader import batches
 from edgekd.errors import UsageError
 from edgekd.models.taps import TappedModel, classifier_of, family, stage_taps
-from edgekd.train.distiller import Side
+from edgekd.train.distiller import Side, black_box_lack
 from edgekd.train.loop import Job, Teacher
 from edgekd.train.views import View
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
     from edgekd.train.answers import Answers
+    from edgekd.train.black_box import BlackBox
     from edgekd.train.distiller import Distiller
 
 FAMILIES = {"cnn": "CNN", "vit": "ViT", "swin": "Swin", "mlp": "MLP"}
@@ -51,6 +52,15 @@ def teach(job: Job, distiller: Distiller, teacher: Teacher | Answers, model: nn.
     job.projectors, job.tapped = wired.projectors, wired.student
     if live:
         live.tapped = wired.teacher
+
+
+def listen(job: Job, distiller: Distiller, teacher: BlackBox | Answers) -> None:
+    """As `teach`, for a teacher of which only the outputs are known: hooks and projectors are the student's alone.
+
+    Raises UsageError for a distiller that needs more than outputs.
+    """
+    job.distiller, job.label_weight, job.teacher = distiller, distiller.config.label_weight, teacher
+    job.tapped, job.projectors = wire_student(distiller, job.model, job.spec, job.dataset.split("train"), seed=job.seed)
 
 
 def wire(
@@ -92,6 +102,24 @@ def set_up(
         torch.manual_seed(seed)
         projectors = distiller.setup(replace(here, positions=at), replace(there, positions=at, class_means=means))
     return Wired(*tapped, projectors)
+
+
+def wire_student(
+    distiller: Distiller, model: nn.Module, spec: ModelSpec, positions: NDArray[np.int64], *, seed: int
+) -> tuple[TappedModel, nn.Module | None]:
+    """The student's side of `wire`, for a teacher of which only the outputs are known; widths that depend on the teacher's are the student's."""
+    if lack := black_box_lack(distiller):
+        name = type(distiller).__module__.rpartition(".")[2]
+        raise UsageError(
+            f"method '{name}' needs {lack}, and only the teacher's outputs are known", where="method", hint=f"-o {name}.method=kd"
+        )
+    here = side(model, spec, taps="taps" in distiller.needs)
+    there = Side(nn.Identity(), (), here.num_features, here.num_classes)
+    at = torch.from_numpy(positions).sort().values
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projectors = distiller.setup(replace(here, positions=at), replace(there, positions=at))
+    return TappedModel(model, here.taps, None), projectors
 
 
 def side(model: nn.Module, spec: ModelSpec, *, taps: bool = True, embedding: bool = False) -> Side:

@@ -175,6 +175,30 @@ def test_train_from_scratch_learns_colours(photos: Path, tmp_path: Path) -> None
     assert result.json()["targets"][0]["metric"] > 0.5  # chance is a third
 
 
+def test_distill_learns_from_a_teachers_weights_and_from_an_onnx_file(
+    weights: Path, photos: Path, exported: Result, tmp_path: Path
+) -> None:
+    few = ("--image-size", "32", "--epochs", "1", "-o", "data.on_bad_image=skip", "-o", "data.max_bad=0.1", "--no-gate", "--json")
+    teacher = ("--teacher", weights, "--teacher-arch", "resnet10t", "--method", "dkd")
+    result = run_here("distill", "resnet10t", "--data", photos, *teacher, *few, "--out", tmp_path / "one")
+    assert result.code in (0, 4), result.err
+    assert [(s["kind"], s["method"]) for s in result.json()["stages"] if s["kind"] == "distill"] == [("distill", "dkd")]
+    graph = ("--teacher", bundle_of(exported) / "model.onnx", "--teacher-mean", "0.5,0.5,0.5", "--teacher-std", "0.2,0.2,0.2")
+    result = run_here("distill", "resnet10t", "--data", photos, *graph, *few, "--out", tmp_path / "two")
+    assert result.code in (0, 4), result.err
+    refused = run_here("distill", "resnet10t", "--data", photos, *graph, "--method", "rkd", *few, "--out", tmp_path / "three")
+    assert refused.code == 2
+    assert "rkd" in refused.out
+
+
+@pytest.mark.parametrize(("teacher", "code", "words"), [("nowhere.safetensors", 3, "no such teacher"), ("weights", 2, "--teacher-arch")])
+def test_a_teacher_that_cannot_be_used_is_said(weights: Path, photos: Path, tmp_path: Path, teacher: str, code: int, words: str) -> None:
+    given = weights if teacher == "weights" else tmp_path / teacher
+    result = run_here("distill", "resnet10t", "--data", photos, "--teacher", given, "--out", tmp_path / "run")
+    assert result.code == code
+    assert words in result.err
+
+
 def test_data_that_is_not_there_is_3(weights: Path, tmp_path: Path) -> None:
     result = run_here("export", weights, "--arch", "resnet10t", "--data", tmp_path / "nowhere")
     assert result.code == 3

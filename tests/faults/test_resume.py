@@ -28,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {  # name -> training settings, and how often 
     "mixed, best on val": {"keep": "best", "augment": {"policy": "crop_flip", "pad": 1, "mixup": 0.5, "cutmix": 0.5}, "seconds": 0.02},
     "distilled": {"optimizer": "sgd", "clip_grad": 1.0, "distill": "kd", "seconds": 0.005},
     "distilled with projectors": {"distill": "ofa", "accumulate": 2, "ema": 0.5, "seconds": 0.03},
+    "distilled from an ONNX file": {"listen": "ofa", "augment": {"policy": "shift", "pad": 1}, "seconds": 0.02},
 }
 
 
@@ -42,12 +43,14 @@ def train(settings: dict[str, Any], data: Path, work: Path, told: int) -> None:
     from edgekd.train.config import TrainConfig
 
     own = dict(settings)
-    loop._CHECKPOINT_SECONDS, method = own.pop("seconds"), own.pop("distill", None)
+    loop._CHECKPOINT_SECONDS, method, heard = own.pop("seconds"), own.pop("distill", None), own.pop("listen", None)
     cfg = TrainConfig(epochs=12, batch_size=8, log_seconds=1e-9, **own)
     spec = ModelSpec(arch="tiny", num_classes=10, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, timm="none")
     job = loop.Job("tiny", _net(0), spec, Dataset.open(data), Classification(), cfg, 0, work)
     if method:
         _teach(job, method)
+    if heard:
+        _listen(job, heard)
     trained = loop.fit(job, Context(store=None, console=_teller(told)))  # type: ignore[arg-type]
     digest = hashlib.sha256(json.dumps(trained.curves).encode())
     for tensor in trained.model.state_dict().values():
@@ -72,6 +75,19 @@ def _teach(job: Any, method: str) -> None:
 
     cls, teacher = registry.load("distill", method), _net(7).eval().requires_grad_(False)
     teach(job, cls(cls.Config()), Teacher(teacher, View(job.spec), Speed()), teacher, job.spec)
+
+
+def _listen(job: Any, method: str) -> None:
+    from edgekd import registry
+    from edgekd.profile.device import load_device
+    from edgekd.train.black_box import BlackBox
+    from edgekd.train.pair import listen
+    from tests.support import linear_onnx
+
+    linear_onnx(job.work / "teacher.onnx", side=8, classes=10)
+    session = registry.load("backend", "onnxruntime")().open_beside(job.work / "teacher.onnx", threads=1, device=load_device("host"))
+    cls, facts = registry.load("distill", method), {"input": "x", "fixed_batch": None, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    listen(job, cls(cls.Config()), BlackBox(session, facts))
 
 
 def _teller(told: int) -> Any:

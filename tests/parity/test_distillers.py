@@ -248,6 +248,9 @@ def test_a_hint_is_rectified_where_the_teachers_features_are() -> None:
         lambda f: vkd_loss(f.flatten(1)[:, :48].reshape(12, 8)[:6] + FS, FT),
         lambda f: dense_loss(f[:, :2, :2, :2].repeat(1, 5, 1, 1) + DT, fused(DT, 0.5), soft=True, temperature=2.0),
         lambda f: dense_loss(f[:, :2, :2, :2].repeat(1, 5, 1, 1) + DT, fused(DT, 0.5), soft=False),
+        lambda f: contrast(
+            (nn.functional.normalize(f.flatten(1)[:, :8], dim=1) @ nn.functional.normalize(FT, dim=1).T / 0.07).exp() / 40, 50
+        ),
         lambda f: spatial_loss(f.flatten(2).transpose(1, 2), TOK),
         lambda f: frequency_loss(f.flatten(2).transpose(1, 2), TOK),
         lambda f: attention_loss(
@@ -264,6 +267,7 @@ def test_a_hint_is_rectified_where_the_teachers_features_are() -> None:
         "vkd",
         "cskd dense soft",
         "cskd dense hard",
+        "crd",
         "scalekd spatial",
         "scalekd frequency",
         "cakd",

@@ -59,17 +59,19 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(folder)
 
 
-def wired(name: str, teacher: str, student: str, data: Dataset) -> tuple[Any, nn.Module, nn.Module | None, Callable[[], dict[str, Tensor]]]:
-    """(distiller, student, projectors, one batch's terms as the loop computes them, in bf16)."""
+def wired(
+    name: str, teacher: str, student: str, data: Dataset
+) -> tuple[Any, nn.Module, nn.Module | None, Callable[..., dict[str, Tensor]]]:
+    """(distiller, student, projectors, one batch's terms as the loop computes them, in bf16); the terms take how far the labels are shifted."""
     cls = registry.load("distill", name)
     distiller, net, guide = cls(cls.Config()), copy.deepcopy(tiny(student, 16)).train(), tiny(teacher, 24)
     view, positions = View(SPEC), data.split("train")
     guide.requires_grad_(False)
     pair = wire(distiller, (net, SPEC), (guide, SPEC), view, data, positions, seed=0)
 
-    def terms() -> dict[str, Tensor]:
+    def terms(shift: int = 0) -> dict[str, Tensor]:
         images = torch.from_numpy(data.images(positions[:6])).permute(0, 3, 1, 2) / 255
-        target = torch.from_numpy(data.labels[positions[:6]])
+        target = (torch.from_numpy(data.labels[positions[:6]]) + shift) % 10
         with torch.autocast("cpu", torch.bfloat16):
             given = Outputs.of(*pair.student(view(images)))
             with torch.inference_mode():
@@ -127,3 +129,18 @@ def test_class_means_are_those_of_a_plain_loop(digits: Dataset) -> None:
         ]
         expected = torch.stack(mine).double().mean(0) if mine else torch.zeros(3 * 32 * 32)
         assert torch.allclose(found[label], expected.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in registry.names("distill") if n != "combined"])
+def test_a_distiller_reads_labels_just_where_it_says_so(name: str, digits: Dataset) -> None:
+    """`labels: none` offers the methods that do not."""
+    teacher, student = next((t, s) for n, t, s in COVERED if n == name)
+    found = []
+    for shift in (0, 3):
+        terms = wired(name, teacher, student, digits)[3]
+        torch.manual_seed(0)  # as the loop does before a step
+        found.append(torch.stack(list(terms(shift).values())))
+    if "labels" in registry.load("distill", name).needs:
+        assert not torch.equal(*found)
+    else:
+        assert torch.allclose(*found, rtol=1e-2)  # a target that ofa adds and takes away again leaves a rounding error in bf16

@@ -304,9 +304,14 @@ def test_no_data_are_needed_where_the_number_of_classes_is_given(recipe: Any) ->
         (("-o", "distill.method=at"), "method 'at' is not made for the pair ViT teacher, CNN student"),
         (("--step", "recovr"), "there is no distill stage 'recovr'; did you mean 'recover'"),
         (("-o", "stages=[]"), "no stage of the recipe distils"),
+        (
+            ("-o", "teacher={onnx: t.onnx, mean: [0, 0, 0], std: [1, 1, 1]}", "-o", "distill.method=kd"),
+            "only the outputs of the teacher are known",
+        ),
+        (("-o", "teacher={onnx: t.onnx, mean: [0, 0, 0], std: [1, 1, 1]}", "-o", "distill.method=auto"), "name one, such as kd"),
     ],
 )
-def test_what_cannot_be_wired_is_2_and_says_why(change: tuple[str, str], words: str) -> None:
+def test_what_cannot_be_wired_is_2_and_says_why(change: tuple[str, ...], words: str) -> None:
     result = run_here("wire", QUICKSTART, *change)
     assert result.code == 2
     assert words in result.err

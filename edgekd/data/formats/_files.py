@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgekd.data.config import DataConfig
 from edgekd.data.hashes import hash_files
-from edgekd.data.index import Index, Sample
+from edgekd.data.index import UNLABELLED, Index, Sample
 from edgekd.errors import DataRefused
 
 if TYPE_CHECKING:
@@ -40,9 +40,13 @@ class ImageFiles:
 def index_of(
     rows: list[tuple[str, str, str | None]], stats: dict[str, os.stat_result], root: Path, cfg: DataConfig, cache_dir: Path | None
 ) -> Index:
-    """Index from (id, class name, part) rows. Classes are those of the trainable rows. Raises DataRefused for a label outside them."""
-    classes = tuple(sorted({name for _, name, part in rows if part in ("train", None)}, key=_number_or_text))
-    label_of = {name: label for label, name in enumerate(classes)}
+    """Index from (id, class name, part) rows. Classes are those of the trainable rows, or, without labels, all names but the empty one.
+
+    Raises DataRefused for a label outside them.
+    """
+    named = {name for _, name, part in rows if (name if cfg.labels == "none" else part in ("train", None))}
+    classes = tuple(sorted(named, key=_number_or_text))
+    label_of = {name: label for label, name in enumerate(classes)} | ({"": UNLABELLED} if cfg.labels == "none" else {})
     for sample_id, name, part in rows:
         if name not in label_of:
             what = f"the label {name} of {sample_id} ({part}) is not among the classes of train"

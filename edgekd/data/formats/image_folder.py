@@ -1,9 +1,13 @@
-"""Image files in class folders: train/<class>/*, with val/ and test/ where they exist; or <class>/*, all to be split by seed."""
+"""Image files in class folders: train/<class>/*, with val/ and test/ where they exist; or <class>/*, all to be split by seed.
+
+With `labels: none` images may lie at any depth below the root or train/; val/<class>/* and test/<class>/* still say the class.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +33,10 @@ class ImageFolder(ImageFiles):
         stats: dict[str, os.stat_result] = {}
         ignored: Counter[str] = Counter()
         for part, folder in _parts(root):
-            for name in _folders(folder):
-                for entry in _files(folder / name, ignored):
-                    sample_id = f"{folder.name}/{name}/{entry.name}" if part else f"{name}/{entry.name}"
-                    rows.append((sample_id, name, part))
+            for place in _below(folder) if cfg.labels == "none" else [(name,) for name in _folders(folder)]:
+                for entry in _files(folder.joinpath(*place), ignored, deep=cfg.labels == "none"):
+                    sample_id = "/".join([*([folder.name] if part else []), *place, entry.name])
+                    rows.append((sample_id, place[0] if len(place) == 1 else "", part))
                     stats[sample_id] = entry.stat()
         return replace(index_of(rows, stats, root, cfg, cache_dir), ignored=dict(sorted(ignored.items())))
 
@@ -57,13 +61,21 @@ def _folders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _files(folder: Path, ignored: Counter[str]) -> list[os.DirEntry[str]]:
+def _below(folder: Path, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The folder and all folders below it, each as its path; links are not followed, for they may lead in circles."""
+    yield place
+    for name in _folders(folder.joinpath(*place)):
+        if not folder.joinpath(*place, name).is_symlink():
+            yield from _below(folder, (*place, name))
+
+
+def _files(folder: Path, ignored: Counter[str], *, deep: bool = False) -> list[os.DirEntry[str]]:
     kept = []
     with os.scandir(folder) as entries:
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
             if suffix in SUFFIXES and not entry.name.startswith(".") and entry.is_file():  # is_file: a pipe would block its reader
                 kept.append(entry)
-            else:
+            elif not (deep and entry.is_dir()):
                 ignored[suffix or entry.name] += 1
     return sorted(kept, key=lambda e: e.name)

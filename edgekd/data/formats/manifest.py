@@ -1,4 +1,7 @@
-"""A list of image files: CSV (header path,label[,split]) or JSONL (the same fields), paths relative to the list and inside its folder."""
+"""A list of image files: CSV (header path,label[,split]) or JSONL (the same fields), paths relative to the list and inside its folder.
+
+With `labels: none` the label may be left out or empty.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class Manifest(ImageFiles):
         checked: set[Path] = set()
         for line, row in _rows(listing):
             where = f"{listing}:{line}"
-            sample_id, name, part = _fields(row, where)
+            sample_id, name, part = _fields(row, where, labelled=cfg.labels == "given")
             stats[sample_id] = _stat(listing.parent, sample_id, where, checked)
             rows.append((sample_id, name, part))
         return index_of(rows, stats, listing.parent, cfg, cache_dir)
@@ -86,10 +89,10 @@ def _json_row(row: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _fields(row: dict[str, Any], where: str) -> tuple[str, str, str | None]:
+def _fields(row: dict[str, Any], where: str, *, labelled: bool) -> tuple[str, str, str | None]:
     path, label, split = row.get("path"), row.get("label"), row.get("split")
     name = str(label) if type(label) in (str, int) else ""  # type(): True is an int and no label
-    if not isinstance(path, str) or not path or not name or not set(row) <= {"path", "label", "split"}:
+    if not isinstance(path, str) or not path or (labelled and not name) or not set(row) <= {"path", "label", "split"}:
         raise DataRefused("a field is missing, empty or unknown", where=where, expected="path, label and optionally split", hint=_HINT)
     if split not in (None, "") and (not isinstance(split, str) or split not in PART_NAMES):
         raise DataRefused(f"unknown split {split!r}{suggest(split, PART_NAMES)}", where=where, expected="train, val or test", hint=_HINT)
