@@ -565,7 +565,8 @@ def _check_teacher(teacher: TeacherConfig, bad: Report) -> None:
         "onnx": {"mean", "std", "image_size", "outputs", "classes"},
         "predictions": {"outputs", "classes"},
     }[kind]
-    for name in sorted(teacher.model_fields_set - takes - set(kinds)):
+    default = TeacherConfig()
+    for name in sorted(n for n in teacher.model_fields_set - takes - set(kinds) if getattr(teacher, n) != getattr(default, n)):
         bad(("teacher", name), f"a teacher given by {kind} does not take it; it takes {', '.join(sorted(takes - set(kinds)))}")
     if kind == "arch" and teacher.train is None and teacher.weights is None and not teacher.pretrained:
         bad(("teacher",), "the teacher is not trained: give weights, pretrained, or train: {epochs: N}")

@@ -110,9 +110,8 @@ def wire_student(
     """The student's side of `wire`, for a teacher of which only the outputs are known; widths that depend on the teacher's are the student's."""
     if lack := black_box_lack(distiller):
         name = type(distiller).__module__.rpartition(".")[2]
-        raise UsageError(
-            f"method '{name}' needs {lack}, and only the teacher's outputs are known", where="method", hint=f"-o {name}.method=kd"
-        )
+        what = f"method '{name}' needs {lack}, and only the teacher's outputs are known"
+        raise UsageError(what, where="method", hint="methods that need no more: kd, dkd, dist, ofa")
     here = side(model, spec, taps="taps" in distiller.needs)
     there = Side(nn.Identity(), (), here.num_features, here.num_classes)
     at = torch.from_numpy(positions).sort().values

@@ -13,11 +13,16 @@ from tests.support import REPOSITORY, run_here, write_images
 CODE = REPOSITORY / "recipes" / "cifar10" / "resnet_cifar.py"
 RECIPES = sorted(p.relative_to(REPOSITORY / "recipes").with_suffix("").as_posix() for p in (REPOSITORY / "recipes").rglob("*.yaml"))
 README = REPOSITORY / "README.md"
+BLACK_BOXES = {  # what a user gives beside data.root
+    "distill/black-box-onnx": ["teacher.onnx={}"],
+    "distill/label-free": ["data.classes=2", "teacher.weights={}"],
+    "distill/predictions": ["teacher.predictions={}"],
+}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny image folder and a weights file, neither of which planning reads beyond its hash."""
+    """A tiny image folder and a weights file, neither of which planning reads beyond its hash; it stands for any other file of a teacher."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "teacher.safetensors").write_bytes(b"weights")
     return write_images(folder / "data", classes=2, each=10), folder / "teacher.safetensors"
@@ -25,7 +30,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_the_listed_recipes_are_the_files() -> None:
     assert [r["name"] for r in run_here("recipes", "list", "--json").json()] == RECIPES
-    assert {"quickstart", "cifar10/resnet56-to-resnet20", "cifar10/resnet56-to-vit", "cifar10/resnet20-low-bits"} <= set(RECIPES)
+    assert {"quickstart", "cifar10/resnet56-to-resnet20", "cifar10/resnet56-to-vit", "cifar10/resnet20-low-bits", *BLACK_BOXES} <= set(
+        RECIPES
+    )
 
 
 def test_every_recipe_says_what_it_is_for() -> None:
@@ -37,12 +44,14 @@ def test_every_recipe_loads_and_plans_by_name_and_by_path(name: str, inputs: tup
     data, weights = inputs
     changes = () if name == "quickstart" else ("--code", CODE, "-o", f"data.root={data}", "-o", f"teacher.weights={weights}")
     changes += ("-o", f"model.weights={weights}") if "low-bits" in name else ()
+    if name in BLACK_BOXES:
+        changes = ("-o", f"data.root={data}", *(part for c in BLACK_BOXES[name] for part in ("-o", c.format(weights))))
     for how in (name, REPOSITORY / "recipes" / f"{name}.yaml"):
         assert run_here("check", how, *changes).code == 0
         result = run_here("plan", how, *changes, "--json")
         assert result.code == 0, result.err
         steps = [r["step"] for r in result.json()]
-        listed = {"quantize.train"} if "low-bits" in name else {"distill", "prune", "recover"}
+        listed = {"quantize.train"} if "low-bits" in name else {"distill"} if name in BLACK_BOXES else {"distill", "prune", "recover"}
         assert {"data", "preflight", "teacher", "quantize", "host.bundle"} | listed <= set(steps)
         assert len(steps) == len(set(steps))
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ from edgekd.config import key_fields
 from edgekd.data import hashes
 from edgekd.data.config import DataConfig
 from edgekd.data.dataset import Dataset, build
-from edgekd.data.index import Index, Sample, format_of, scan
+from edgekd.data.index import UNLABELLED, Index, Sample, format_of, judged_by_labels, scan
 from edgekd.data.loader import batches, epoch_order
 from edgekd.data.preprocess import PREPROCESS, describe, preprocess
 from edgekd.data.splits import assign
@@ -767,3 +768,66 @@ def test_generated_samples_are_a_dataset_of_their_seed_whose_labels_mean_nothing
     assert np.array_equal(pixels["a"], pixels["b"])
     assert not np.array_equal(pixels["a"], pixels["c"])
     assert made(config(image_tree(tmp_path / "real")), tmp_path / "out").labelled
+
+
+# ------------------------------------------------------------------------------------------------ no labels
+def unlabelled(root: Path | None, format: str = "image_folder", **values: object) -> DataConfig:
+    return config(root, format, **({"labels": "none", "classes": ["cat", "dog", "elk"]} | values))
+
+
+def test_without_labels_images_are_found_at_any_depth_and_links_are_not_followed(tmp_path: Path) -> None:
+    for name in ("a.jpg", "x/b.jpg", "x/y/z/c.jpg", "x/y/z/d.jpg", ".hidden/e.jpg"):
+        write_image(tmp_path / "tree" / name, 0)
+    (tmp_path / "tree/x/loop").symlink_to(tmp_path / "tree")
+    index = scan(unlabelled(tmp_path / "tree"))
+    assert [s.id for s in index.samples] == ["a.jpg", "x/b.jpg", "x/y/z/c.jpg", "x/y/z/d.jpg"]
+    assert {s.label for s in index.samples} == {UNLABELLED}
+    assert index.classes == ("cat", "dog", "elk")
+    data = made(unlabelled(tmp_path / "tree"), tmp_path / "out")
+    assert (data.labelled, set(data.labels.tolist())) == (False, {0})
+    assert all(len(data.split(part)) for part in ("train", "val", "test"))
+
+
+@pytest.mark.parametrize("format", ["image_folder", "manifest"])
+def test_labels_of_val_and_test_stay_where_both_have_them_on_every_image(format: str, tmp_path: Path) -> None:
+    root = image_tree(tmp_path / "tree", ("train", "val", "test"))
+    rows = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.jpg"))]
+    (root / "manifest.csv").write_text("path,label,split\n" + "".join(f"{r},{r.split('/')[1]},{r.split('/')[0]}\n" for r in rows))
+    found = scan(unlabelled(root, format))
+    given = {s.id: s.label for s in scan(config(root, format)).samples}
+    assert judged_by_labels(found)
+    assert all(s.label == (UNLABELLED if s.split == "train" else given[s.id]) for s in found.samples)
+    turned = scan(unlabelled(root, format, classes=["elk", "cat", "dog"]))
+    assert all(s.label == (given[s.id] + 1) % 3 for s in turned.samples if s.split != "train")
+    fewer = scan(unlabelled(root, format, classes=["cat", "dog"]))  # of one class nothing is known
+    assert not judged_by_labels(fewer)
+    assert {s.label for s in fewer.samples} == {UNLABELLED}
+    shutil.rmtree(root / "val")
+    if format == "image_folder":  # val is split off train then
+        assert not judged_by_labels(scan(unlabelled(root)))
+
+
+def test_a_manifest_without_labels_is_read_where_there_are_none_and_refused_elsewhere(tmp_path: Path) -> None:
+    root = manifest_tree(tmp_path / "tree")
+    rows = (root / "manifest.csv").read_text().splitlines()[1:]
+    (root / "manifest.csv").write_text("path\n" + "".join(f"{row.split(',')[0]}\n" for row in rows))
+    assert len(scan(unlabelled(root, "manifest")).samples) == len(rows)
+    assert "a field is missing" in _refusal(DataRefused, config(root, "manifest"), tmp_path)
+
+
+def test_the_number_of_classes_must_be_said_and_two_images_are_too_few(tmp_path: Path) -> None:
+    write_image(tmp_path / "tree/a.jpg", 0)
+    write_image(tmp_path / "tree/b.jpg", 1)
+    assert scan(unlabelled(tmp_path / "tree", classes=12)).classes == tuple(map(str, range(12)))
+    with pytest.raises(DataRefused, match="nothing says how many classes there are") as caught:
+        scan(unlabelled(tmp_path / "tree", classes=None))
+    assert "-o data.classes=N" in str(caught.value.hint)
+    assert "too few to split off" in _refusal(DataRefused, unlabelled(tmp_path / "tree"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values", [{"max_per_class": 3}, {"split": {"train_per_class": 3}}, {"classes": ["a", "a"]}, {"classes": 1}, {"labels": "given"}]
+)
+def test_settings_that_do_not_go_with_missing_labels_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        unlabelled(None, **values)
