@@ -65,7 +65,8 @@ class Pair:
 
     @property
     def advice(self) -> Advice:
-        return advise(self.facts.teacher, self.facts.student, self.classes)
+        data = self.loaded.recipe.data
+        return advise(self.facts.teacher, self.facts.student, self.classes, labelled=data is None or data.labels != "none")
 
     def _build(self, config: ModelConfig) -> tuple[nn.Module, ModelSpec]:
         from edgekd.models.build import build, make_spec

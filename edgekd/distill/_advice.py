@@ -42,7 +42,7 @@ def facts_of(student: Side, teacher: Side, smoothing: float = 0.0) -> Facts:
     return Facts(families[0], families[1], sizes[0], sizes[1], smoothing)
 
 
-def advise(teacher: str, student: str, classes: int) -> Advice:
+def advise(teacher: str, student: str, classes: int, *, labelled: bool = True) -> Advice:
     """The method for a pair of families (cnn, vit, swin, mlp)."""
     ours, theirs = _KINDS[student], _KINDS[teacher]
     if ours != theirs:
@@ -52,6 +52,8 @@ def advise(teacher: str, student: str, classes: int) -> Advice:
         return Advice(
             "kd", {}, f"{theirs} to {ours}: level with dist from ViT-L to ViT-S, 75.33 against 74.91 % (arXiv 2506.12542), and cheap"
         )
+    if not labelled:
+        return Advice("kd", {}, "CNN to CNN without labels: dkd weighs the right class against the rest, and nothing says which that is")
     if classes < 3:
         return Advice("kd", {}, "CNN to CNN with two classes: dkd ranks the classes beside the right one, and there is one")
     settings = {"beta": 0.5, "temperature": 1.0} if classes >= _MANY_CLASSES else {}

@@ -21,7 +21,7 @@ from edgekd.recipe import load
 from edgekd.train.distiller import Batch, DistillConfig, Side
 from edgekd.train.links import links
 from edgekd.wiring import chosen
-from tests.support import QUICKSTART, run_here
+from tests.support import QUICKSTART, run_here, write_images
 
 SMALL_VIT = "{arch: vit_tiny_patch16_224, args: {img_size: 32, patch_size: 8, embed_dim: 48, num_heads: 3, depth: 4}"
 CNN = "{arch: resnet10t, args: {channels: [16, 16, 32, 32]}"
@@ -166,6 +166,20 @@ def test_a_method_left_open_is_proposed_and_keeps_what_was_written(recipe: Any, 
     assert note["method"] == "ofa"
     assert "different families" in note["why"]
     assert "label_weight: 2" in wire(recipe(method))["yaml"]
+
+
+@pytest.mark.parametrize(("teacher", "method"), [(CNN, "kd"), (SMALL_VIT, "ofa")])
+def test_without_labels_the_proposal_needs_none(recipe: Any, tmp_path: Path, teacher: str, method: str) -> None:
+    path = Path(recipe("{method: auto}", teacher=teacher))
+    text = path.read_text().replace("train: {epochs: 1, label_smoothing: 0.0}", "weights: teacher.safetensors")
+    (tmp_path / "teacher.safetensors").touch()
+    write_images(tmp_path / "photos")
+    path.write_text(text.replace("{format: digits,", "{format: image_folder, root: photos, labels: none, classes: 3,"))
+    found = wire(str(path))
+    assert found["methods"][0]["method"] == method
+    assert "label_weight: 0.0" in found["yaml"]
+    Path("pasted.yaml").write_text(path.read_text().partition("stages:")[0] + found["yaml"])
+    assert load("pasted.yaml").stages[0][1].method == method
 
 
 def test_settings_of_the_default_method_are_not_given_to_another(recipe: Any) -> None:
