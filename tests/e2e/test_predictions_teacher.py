@@ -116,11 +116,14 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(recipe: Path, chan
     assert "] distill" not in result.err
 
 
-def test_predictions_of_other_classes_and_of_chance_are_refused(recipe: Path) -> None:
+def test_predictions_of_other_classes_in_another_order_and_of_chance_are_refused(recipe: Path) -> None:
     write_arrays(recipe.parent / "teacher.npz", {"ids": np.array(IDS), "logits": LOGITS, "classes": np.array([f"n{i}" for i in range(10)])})
     result = compressed(recipe)
     assert (result.code, "it has no output for 10 classes of the data" in result.out) == (3, True), result.text
     assert "teacher.classes=[0, 1, 2" in json.loads(result.out)["error"]["hint"]
     write_arrays(recipe.parent / "teacher.npz", {"ids": np.array(IDS), "logits": np.roll(LOGITS, 1, axis=1)})
+    result = compressed(recipe)
+    assert (result.code, "another order of the classes" in result.text) == (3, True), result.text
+    write_arrays(recipe.parent / "teacher.npz", {"ids": np.array(IDS), "logits": np.random.default_rng(0).permutation(LOGITS)})
     result = compressed(recipe)
     assert (result.code, "a student learns nothing from it" in result.text) == (3, True), result.text
