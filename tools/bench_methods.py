@@ -3,8 +3,8 @@
 
 NAME of a protocol: `digits-vit-to-cnn` and `digits-cnn-to-vit` (ten labels of each class, a teacher that was trained on all of them; built-in data), or
 `cifar-resnet20` and `cifar-vit` (a CIFAR-10 JPEG folder and the published ResNet-56, tuned on the folder first). Same images, epochs, augmentation and seeds for
-every method, each with its own defaults; the student alone and plain kd are among them. Methods that refuse the pair are named and left out. Nothing is
-selected: the last weights count, and test is read at the end.
+every method, each with its own defaults; the student alone and plain kd are among them. Methods that refuse the pair are named and left out. Val chooses among
+the weights of ten moments of a training, for all alike; test is read at the end.
 
 Writes tools/methods/NAME.csv (every training), NAME.md (mean, standard error, difference to the student alone and to kd, paired by seed, with 95 % intervals;
 calibration error and agreement with the teacher) and NAME.svg. Interrupted, it goes on where it stopped.
@@ -109,7 +109,7 @@ def run(name: str, protocol: Protocol, args: argparse.Namespace) -> None:
     given = [f"data.root={args.data.resolve()}", f"teacher.weights={args.weights.resolve()}"] if protocol.folder else []
     base = (*given, *protocol.changes)
     weights = trained_teacher(protocol, base, home, console)
-    changes = [*base, "teacher.train=null", f"teacher.weights={weights}"]
+    changes = [*base, "teacher.train=null", f"teacher.weights={weights}", "distill.keep=best"]
     changes += [f"distill.epochs={args.epochs}"] if args.epochs else []
     changes += [f"data.split.train_per_class={args.per_class}"] if args.per_class else []
     methods, refused = methods_for(protocol.families)
