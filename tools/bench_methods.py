@@ -83,7 +83,7 @@ def trained_teacher(protocol: Protocol, overrides: Sequence[str], home: Store, c
     teacher = recipe.teacher
     if teacher is None or teacher.train is None:
         raise SystemExit(f"{protocol.recipe} trains no teacher")
-    model = teacher.model_dump(mode="json", exclude={"train"}, exclude_none=True)
+    model = teacher.model_dump(mode="json", exclude={"train"}, exclude_defaults=True)
     training = teacher.train.model_dump(mode="json")
     changes = (
         *overrides,
