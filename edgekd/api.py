@@ -167,6 +167,7 @@ def sweep(
     from edgekd.recipe import load
     from edgekd.store import Store as RealStore
     from edgekd.sweep import cells, compare, distinct, failed_row, run_cell, write_table
+    from edgekd.wiring import chosen
 
     options = options or Options()
     run_code(options.code)
@@ -174,7 +175,7 @@ def sweep(
     store = store or RealStore(warn=console.warn)
     todo = cells(vary, seeds)
     loads = [
-        load(recipe, (*options.overrides, *cell.overrides), devices=options.devices) for cell in todo
+        chosen(load(recipe, (*options.overrides, *cell.overrides), devices=options.devices))[0] for cell in todo
     ]  # all problems before any training
     rows: list[dict[str, Any]] = []
     failures: list[EdgekdError] = []

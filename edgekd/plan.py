@@ -27,7 +27,7 @@ from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
-from edgekd.recipe import Loaded, TargetConfig, TeacherConfig, smoothing_of
+from edgekd.recipe import AssistantConfig, Loaded, TargetConfig, TeacherConfig, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
 
@@ -424,11 +424,19 @@ class _Planner:
         return {"answers?" if teacher.predictions is not None else "black_box?" if teacher.onnx is not None else "teacher?": "teacher"}
 
     def _learn(
-        self, name: str, stage: str, settings: Settings, model: Ref, *, unless: tuple[str, Ref] | None = None, user: bool = True
+        self,
+        name: str,
+        stage: str,
+        settings: Settings,
+        model: Ref,
+        *,
+        taught: dict[str, Ref] | None = None,  # by whom, where it is not the recipe's teacher
+        unless: tuple[str, Ref] | None = None,
+        user: bool = True,
     ) -> str:
         inputs: dict[str, Ref] = {"model": model, "data": "data"}
         if stage in ("distill", "quantize_train"):
-            inputs |= self._taught()
+            inputs |= self._taught() if taught is None else taught
         config = settings.config
         if isinstance(config, TrainConfig) and "auto" in (config.autocast, config.channels_last):
             tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
@@ -460,10 +468,12 @@ class _Planner:
         if config.sampled_classes:
             how |= {"samples": config.sampled_classes, "temperature": _distiller(stage, settings).linear_at}
         asked = self._config("answers", views=config.fixed_views, augment=config.augment, **how)
-        same = [s for s in self.plan.steps if s.stage == "answers" and s.settings.config == asked and s.unless in (None, unless)]
-        if same:
-            return same[0].name
-        taken = self._taught() | {"data": "data"} | {n: r for n, r in inputs.items() if n == "speed?"}
+        taken = {"data": "data"} | {n: r for n, r in inputs.items() if n in ("teacher?", "black_box?", "speed?")}
+        teachers = [taken.get(n) for n in ("teacher?", "black_box?")]
+        for step in self.plan.steps:
+            if step.stage == "answers" and step.settings.config == asked and step.unless in (None, unless):
+                if teachers == [step.inputs.get(n) for n in ("teacher?", "black_box?")]:
+                    return step.name
         return self._add(f"{settings.name}.answers", "answers", asked, taken, unless=unless)
 
     def _export(self, name: str, model: Ref, unless: tuple[str, Ref] | None = None) -> str:
@@ -515,9 +525,11 @@ class _Planner:
             self._measured("student", graph)
         while position < len(stages) and not _compresses(stages[position][0]):
             kind, settings = stages[position]
-            model = self._learn(settings.name, kind, settings, model)
+            before, model = model, self._learn(settings.name, kind, settings, model)
             graph = self._export(settings.name, model)
             self._measured(settings.name, graph)
+            if position == 0 and self.recipe.assistant is not None:
+                model, graph = self._assisted(self.recipe.assistant, settings, before, model, graph)
             position += 1
         current_model, current_graph = model, graph
         while position < len(stages):
@@ -527,6 +539,25 @@ class _Planner:
             current_model, current_graph = self._segment(stages[position:end], current_model, current_graph)
             position = end
         return current_model, current_graph
+
+    def _assisted(self, config: AssistantConfig, settings: Settings, start: Ref, model: Ref, graph: Ref) -> tuple[Ref, Ref]:
+        """The student taught by an assistant beside the one that the teacher taught; val decides. Both lessons are plain kd (TAKD), at the stage's settings."""
+        own = settings.method_config
+        kd = own if settings.method == "kd" else registry.load("distill", "kd").Config(**_label_weight(own))
+        lesson = replace(settings, method="kd", method_config=kd)
+        first = self._add("assistant.init", "init", _as_model(config), {"data": self.images}, facts=_model_facts(config))
+        assistant = self._learn("assistant", "distill", replace(lesson, name="assistant"), first)
+        self._measured("assistant", self._export("assistant", assistant))
+        name = f"{settings.name}.assisted"
+        after = self._learn(name, "distill", replace(lesson, name=name), start, taught={"teacher?": assistant})
+        after_graph = self._export(name, after)
+        self._measured(name, after_graph)
+        metrics = {"before_metrics": self._before_of(graph, self.plan.metrics), "after_metrics": self.plan.metrics[name]}
+        decision = self._add(
+            f"{settings.name}.assistant", "assist", self._config("assist", enabled=self.gate), metrics, facts=self._task(), user=True
+        )
+        self.plan.segments.append(Segment(decision, (name,)))
+        return Choice.of_gate(decision, model, after), Choice.of_gate(decision, graph, after_graph)
 
     def _segment(self, stages: list[tuple[str, Settings]], model: Ref, graph: Ref) -> tuple[Ref, Ref]:
         (_, settings), name = stages[0], stages[0][1].name
@@ -846,6 +877,11 @@ class _Planner:
             inputs: dict[str, Ref] = {"engine": self.plan.engines[name], "data": "data"}
             self._add(step, "evaluate", self._config("evaluate", split="test"), inputs, facts=self._task() | _here())
         return step
+
+
+def _label_weight(config: Config | None) -> dict[str, Any]:
+    """Whatever was said of the labels' weight, for another method of the same stage: without labels it is 0."""
+    return {"label_weight": 0.0} if getattr(config, "label_weight", None) == 0 else {}
 
 
 def _place(target: Target) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from edgekd import registry
 from edgekd.budget import Budget
@@ -36,6 +36,7 @@ _LISTED = re.compile(rb"^    user = True$", re.MULTILINE)
 _PATH_FIELDS = {
     ("data", "root"),
     ("teacher", "weights"),
+    ("assistant", "weights"),
     ("model", "weights"),
     ("model", "onnx"),
     ("teacher", "onnx"),
@@ -61,6 +62,16 @@ class TeacherConfig(ModelConfig):
     def black_box(self) -> bool:
         """Whether only its outputs are known."""
         return self.arch is None
+
+
+class AssistantConfig(ModelConfig):
+    """A model between teacher and student: it learns from the one and teaches the other (TAKD, arXiv 1902.03393)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """A name alone stands for `{arch: NAME}`; `auto` is found by the sizes of both models (edgekd/assistant.py)."""
+        return {"arch": value} if isinstance(value, str) else value
 
 
 class TargetConfig(Config):
@@ -90,6 +101,7 @@ class Recipe(Config):
     data: DataConfig | None = None
     samples: SamplesConfig | None = None  # instead of data, where engines are all that is asked for
     teacher: TeacherConfig | None = None
+    assistant: AssistantConfig | None = None
     model: ModelConfig
     targets: dict[str, TargetConfig] = Field(default_factory=lambda: {"host": TargetConfig()})
     baselines: tuple[Literal["student"], ...] = ()
@@ -489,10 +501,13 @@ def _check_names(value: Mapping[str, Any], bad: Report) -> None:
 
     if "data" not in value and "samples" not in value:
         bad(("data",), "missing; it has no default")
-    for section in ("model", "teacher"):
+    for section in ("model", "teacher", "assistant"):
         arch = written(section, "arch")
-        if isinstance(arch, str) and (found := check_architecture(arch)):
+        if isinstance(arch, str) and (section, arch) != ("assistant", AUTO) and (found := check_architecture(arch)):
             bad((section, "arch"), found)
+    short = written("assistant")
+    if isinstance(short, str) and short != AUTO and (found := check_architecture(short)):
+        bad(("assistant",), found)
     for kind, at in (("task", ("task",)), ("format", ("data", "format"))):
         name = written(*at)
         if isinstance(name, str) and name not in registry.names(kind):
@@ -508,6 +523,8 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
         bad(("model",), "expected either arch or onnx")
     if recipe.teacher is not None:
         _check_teacher(recipe.teacher, bad)
+    if recipe.assistant is not None:
+        _check_assistant(recipe.assistant, recipe.teacher, stages, bad)
     if recipe.model.image_size is not None:
         bad(("model", "image_size"), "the student takes images of data.image_size; give that")
     for section, model in (("model", recipe.model), ("teacher", recipe.teacher)):
@@ -573,6 +590,20 @@ def _check_teacher(teacher: TeacherConfig, bad: Report) -> None:
     if kind == "onnx" and (teacher.mean is None or teacher.std is None):
         text = "an ONNX file does not say how its input is normalised: give mean and std, [0, 0, 0] and [1, 1, 1] where it does that itself"
         bad(("teacher",), text)
+
+
+def _check_assistant(assistant: AssistantConfig, teacher: TeacherConfig | None, stages: list[tuple[str, Settings]], bad: Report) -> None:
+    """It stands between a teacher and the first stage that distils, and starts as an architecture."""
+    if teacher is None or not any(kind == "distill" for kind, _ in stages):
+        bad(("assistant",), "it stands between a teacher and a stage that distils, and the recipe lacks one of them")
+    elif stages[0][0] != "distill":
+        bad(("assistant",), f"it serves the first stage, which must distil; this one is '{stages[0][0]}'")
+    if teacher is not None and teacher.black_box and assistant.arch == AUTO:
+        bad(("assistant",), "auto goes by the sizes of both models, and only the teacher's outputs are known; name an architecture")
+    if assistant.arch is None:
+        bad(("assistant",), "expected auto, the name of an architecture, or arch with its args")
+    for name in sorted(assistant.model_fields_set & {"onnx", "image_size", "classes"}):
+        bad(("assistant", name), "an assistant is trained here, on the data's images and classes: it does not take it")
 
 
 def _check_unlabelled(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from edgekd import registry
+from edgekd import assistant, registry
 from edgekd.distill._advice import Advice, Facts, advise, cautions, facts_of
 from edgekd.distill._pairs import stage_of, stage_pairs
 from edgekd.errors import UsageError, suggest
@@ -89,13 +89,19 @@ def pair_of(loaded: Loaded, classes: int | None = None) -> Pair:
 
 
 def chosen(loaded: Loaded) -> tuple[Loaded, list[str]]:
-    """The recipe with a method for each `method: auto`, and a sentence about each; the same recipe where there is none."""
-    if not any(s.method == AUTO for _, s in loaded.stages):
+    """The recipe with a method for each `method: auto` and a model for `assistant: auto`, and a sentence about each; the same recipe where there is none."""
+    between = assistant.is_auto(loaded)
+    if not between and not any(s.method == AUTO for _, s in loaded.stages):
         return loaded, []
     pair = pair_of(loaded)
-    stages = tuple((kind, _advised(s, pair.advice) if s.method == AUTO else s) for kind, s in loaded.stages)
     told = [f"{s.name}: method {pair.advice.method}. {pair.advice.why}" for _, s in loaded.stages if s.method == AUTO]
-    return replace(loaded, stages=stages), told
+    if told:
+        stages = tuple((kind, _advised(s, pair.advice) if s.method == AUTO else s) for kind, s in loaded.stages)
+        loaded = replace(loaded, stages=stages)
+    if between:
+        loaded, said = assistant.settled(loaded, pair)
+        told.append(said)
+    return loaded, told
 
 
 def wire(loaded: Loaded, *, classes: int | None = None, step: str | None = None) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _gap(facts: Facts) -> str:
         return ""
     return (
         f"the teacher has {times:.0f} times the student's parameters: a student learns less from a teacher that is far above it than from one between"
-        f" (Mirzadeh et al. 2020, arXiv 1902.03393; more than {_WIDEST_GAP} times is edgekd's own mark); try a smaller teacher, or a chain with one between"
+        f" (Mirzadeh et al. 2020, arXiv 1902.03393; more than {_WIDEST_GAP} times is edgekd's own mark); try a smaller teacher, or -o assistant=auto"
     )
 
 

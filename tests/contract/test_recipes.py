@@ -42,7 +42,7 @@ def test_every_recipe_says_what_it_is_for() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_loads_and_plans_by_name_and_by_path(name: str, inputs: tuple[Path, Path], home: Path) -> None:
     data, weights = inputs
-    bare = name == "quickstart" or "digits" in name  # needs no data
+    bare = name in ("quickstart", "distill/assistant") or "digits" in name  # needs no data
     changes = () if bare else ("--code", CODE, "-o", f"data.root={data}", "-o", f"teacher.weights={weights}")
     changes += ("-o", f"model.weights={weights}") if "low-bits" in name else ()
     if name in BLACK_BOXES:
@@ -55,6 +55,8 @@ def test_every_recipe_loads_and_plans_by_name_and_by_path(name: str, inputs: tup
         chain = {"distill", "prune", "recover", "quantize"}
         if "low-bits" in name or name in BLACK_BOXES or "digits" in name:
             chain = {"quantize.train", "quantize"} if "low-bits" in name else {"distill"} if "digits" in name else {"distill", "quantize"}
+        if name == "distill/assistant":
+            chain = {"distill", "assistant", "distill.assisted"}
         assert {"data", "preflight", "teacher", "host.bundle"} | chain <= set(steps)
         assert len(steps) == len(set(steps))
 

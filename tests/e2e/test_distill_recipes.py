@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,20 @@ def test_the_recipe_runs_to_the_end(name: str, tmp_path: Path) -> None:
     run = result.json()
     assert run["teacher"]["metric_name"] == ("agreement" if name == "label-free" else "top1")
     assert run["targets"][0]["precision"] == "int8"
+
+
+def test_an_assistant_is_measured_beside_the_direct_way_and_the_decision_can_be_replayed(tmp_path: Path) -> None:
+    short = ["-o", "teacher.train.epochs=1", "-o", "distill.epochs=1", "-o", "accept.accuracy_drop_max=1", "--json"]
+    run = run_here("compress", "distill/assistant", *short, "--out", tmp_path / "run").json()
+    rows = {r["name"]: r for r in run["stages"]}
+    assert rows["assistant"]["metric"] is not None
+    assert rows["distill"]["size_bytes"] < rows["assistant"]["size_bytes"] < run["teacher"]["size_bytes"]
+    assert rows["distill.assisted"]["verdict"] in ("kept", "neutral", "rolled back")
+    decisions = json.loads((tmp_path / "run" / "decisions.json").read_text())
+    flipped = "before" if decisions["distill.assistant"]["chosen"] == "after" else "after"
+    decisions["distill.assistant"]["chosen"] = flipped
+    (tmp_path / "d.json").write_text(json.dumps(decisions))
+    again = run_here("compress", "distill/assistant", *short, "--replay", tmp_path / "d.json", "--out", tmp_path / "again").json()
+    assert all(r["cached"] for r in again["stages"] if r["kind"] in ("train", "distill"))
+    shipped = [next(r["key"] for r in found["stages"] if r["name"] == "export") for found in (run, again)]
+    assert shipped[0] != shipped[1]  # the other student's graph

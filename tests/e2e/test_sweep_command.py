@@ -33,6 +33,9 @@ def test_methods_are_compared_what_fails_is_a_row_and_a_second_sweep_trains_only
     table = again.out.splitlines()
     assert table[0].split()[:3] == ["variant", "seeds", "metric"]
     assert "test top1" in table[1]
+    auto = run_here(*SWEEP[:-3], "--vary", "distill.method=auto", "--json", "--out", tmp_path / "three")
+    assert auto.code == 0, auto.err
+    assert {r["variant"] for r in auto.json()["rows"]} == {"auto", "student alone"}
 
 
 def test_a_sweep_in_which_everything_fails_ends_as_the_failure_does(tmp_path: Path) -> None:

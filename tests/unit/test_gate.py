@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.gate import Candidate, Evidence, judge, paired_drop, pick, wants_of
+from edgekd.gate import Candidate, Evidence, helped, judge, paired_drop, pick, wants_of
 from edgekd.profile.causes import slow_causes
 
 
@@ -188,3 +188,23 @@ def test_what_ships_is_never_beaten_by_another_that_was_allowed(data: st.DataObj
     for other in (FIRST, *rest):
         allowed = other.drop_ci[1] <= 0.01 if other.rounded else other.drop_ci[0] <= 0.01
         assert not (allowed and other.ratio < 0.98 * chosen.ratio), (chosen, other)  # type: ignore[operator]
+
+
+# ------------------------------------------------------------------------------------------------------------ an assistant
+@pytest.mark.parametrize(
+    ("interval", "verdict", "words"),
+    [
+        ((-0.03, -0.01), "kept", "accuracy +2.00 points on val (95 % +1.00 to +3.00)"),
+        ((-0.05, 0.01), "neutral", "no certain gain"),
+        ((-0.04, 0.0), "neutral", "no certain gain"),
+        ((0.01, 0.03), "rolled back", "the assistant did not help"),
+    ],
+)
+def test_an_assistant_stays_where_the_student_is_certainly_better(interval: tuple[float, float], verdict: str, words: str) -> None:
+    found = helped(sum(interval) / 2, interval, "accuracy")
+    assert found.verdict == verdict
+    assert words in found.reason
+    assert found.chosen == ("after" if verdict == "kept" else "before")
+    off = helped(sum(interval) / 2, interval, "accuracy", enabled=False)
+    assert off.chosen == "after"
+    assert f"it would say '{verdict}'" in off.reason

@@ -46,6 +46,7 @@ RECIPES = {
     "away first": CHAIN + "targets: {rpi5: {}, host: {precision: fp32}}\n",
     "rounded in training": CHAIN.replace("quantize: {}", "quantize: {method: qat}") + "targets: {host: {}, rpi5: {}}\n",
     "baseline": CHAIN + "baselines: [student]\n",
+    "assisted": CHAIN + "assistant: resnet14t\n",
 }
 
 
@@ -75,6 +76,11 @@ def taught(name: str) -> list[str]:
 def distilled(name: str) -> list[str]:
     """Without augmentation a teacher says the same in every epoch: its answers are kept."""
     return [f"{name}.speed", f"{name}.answers", *taught(name)[1:]]
+
+
+def reuses(steps: list[str]) -> list[str]:
+    """The same where the answers to the same views were kept before."""
+    return [s for s in steps if not s.endswith(".answers")]
 
 
 def cut(name: str) -> list[str]:
@@ -147,6 +153,14 @@ SEGMENT = [*cut("prune"), *taught("recover"), "prune.gate"]
                 *(*TEACHER, *distilled("distill"), *SEGMENT, "quantize.train.speed", "quantize.train", "quantize.train.export"),
                 *(*rounded("quantize")[1:], *rounded("quantize@rpi5")[1:]),  # one training for all targets
                 *(*ended("host", teacher=True), *ended("rpi5", check=True)),
+            ],
+        ),
+        (
+            "assisted",
+            [
+                *(*TEACHER, *distilled("distill"), "assistant.init", *reuses(distilled("assistant"))),
+                *(*distilled("distill.assisted"), "distill.assistant", *SEGMENT),
+                *(*rounded("quantize"), *ended("host", teacher=True)),
             ],
         ),
         (
@@ -319,7 +333,7 @@ def test_every_step_has_all_inputs_that_its_stage_must_have(recipe: str) -> None
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_ships_goes_through_every_gate_of_its_target(recipe: str) -> None:
     plan = planned(recipe)
-    gates = {target: [d for d in decisions(ref) if d.endswith(".gate")] for target, ref in plan.shipped.items()}
+    gates = {target: [d for d in decisions(ref) if d.endswith((".gate", ".assistant"))] for target, ref in plan.shipped.items()}
     for target, found in gates.items():
         expected = {s.gate for s in plan.segments if "@" not in s.gate or s.gate.split("@")[1] == f"{target}.gate"}
         graph_level = {g for g in expected if g == "quantize.gate" and target != plan.targets[0].name}
@@ -333,6 +347,26 @@ def test_a_second_segment_starts_from_what_the_first_gate_chose() -> None:
     assert plan.step("again").unless == ("again.widths", chosen)
     assert plan.step("again.gate").inputs["before"] == Choice.of_gate("prune.gate", "distill.engine", "recover.engine")
     assert plan.step("again.engine").unless == ("again.widths", Choice.of_gate("prune.gate", "distill.engine", "recover.engine"))
+
+
+def test_the_assisted_student_learns_from_the_assistant_and_its_own_kept_answers() -> None:
+    plan = planned("assisted")
+    direct, assistant, assisted = (plan.step(n).inputs for n in ("distill", "assistant", "distill.assisted"))
+    assert (direct["teacher?"], assistant["teacher?"], assisted["teacher?"]) == ("teacher", "teacher", "assistant")
+    assert direct["model"] == assisted["model"] == "student"
+    assert direct["answers?"] == assistant["answers?"] == "distill.answers"
+    assert assisted["answers?"] == "distill.assisted.answers"
+    assert plan.step("distill.assisted.answers").inputs["teacher?"] == "assistant"
+    assert plan.step("prune").inputs["model"] == Choice.of_gate("distill.assistant", "distill", "distill.assisted")
+
+
+def test_the_lessons_of_an_assistant_are_plain_kd_with_the_settings_of_the_stage() -> None:
+    text = BARE + "teacher: {arch: vit_tiny_patch16_224, args: {img_size: 32, patch_size: 8}, train: {epochs: 2}}\nassistant: resnet14t\n"
+    plan = planned(text + "stages:\n  - distill: {method: ofa, epochs: 3, lr: 1e-4}\n")
+    for name in ("assistant", "distill.assisted"):
+        step = plan.step(name).settings
+        assert (step.method, step.config.epochs, step.config.lr) == ("kd", 3, 1e-4)  # type: ignore[attr-defined]
+    assert plan.step("distill").settings.method == "ofa"
 
 
 # ------------------------------------------------------------------------------------------------------------ races
