@@ -27,7 +27,7 @@ from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
-from edgekd.recipe import AssistantConfig, Loaded, TargetConfig, TeacherConfig, smoothing_of
+from edgekd.recipe import Loaded, TargetConfig, TeacherConfig, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
 
@@ -332,6 +332,10 @@ class _Planner:
         inputs: dict[str, Ref] = {"student": student, "data": self.images}
         if recipe.teacher is not None:
             inputs |= self._given_teacher(recipe.teacher)
+        if (between := recipe.assistant) is not None:
+            inputs["assistant?"] = self._add(
+                "assistant.init", "init", _as_model(between), {"data": self.images}, facts=_model_facts(between)
+            )
         self._add(
             "preflight",
             "preflight",
@@ -529,7 +533,7 @@ class _Planner:
             graph = self._export(settings.name, model)
             self._measured(settings.name, graph)
             if position == 0 and self.recipe.assistant is not None:
-                model, graph = self._assisted(self.recipe.assistant, settings, before, model, graph)
+                model, graph = self._assisted(settings, before, model, graph)
             position += 1
         current_model, current_graph = model, graph
         while position < len(stages):
@@ -540,13 +544,12 @@ class _Planner:
             position = end
         return current_model, current_graph
 
-    def _assisted(self, config: AssistantConfig, settings: Settings, start: Ref, model: Ref, graph: Ref) -> tuple[Ref, Ref]:
+    def _assisted(self, settings: Settings, start: Ref, model: Ref, graph: Ref) -> tuple[Ref, Ref]:
         """The student taught by an assistant beside the one that the teacher taught; val decides. Both lessons are plain kd (TAKD), at the stage's settings."""
         own = settings.method_config
         kd = own if settings.method == "kd" else registry.load("distill", "kd").Config(**_label_weight(own))
         lesson = replace(settings, method="kd", method_config=kd)
-        first = self._add("assistant.init", "init", _as_model(config), {"data": self.images}, facts=_model_facts(config))
-        assistant = self._learn("assistant", "distill", replace(lesson, name="assistant"), first)
+        assistant = self._learn("assistant", "distill", replace(lesson, name="assistant"), "assistant.init")
         self._measured("assistant", self._export("assistant", assistant))
         name = f"{settings.name}.assisted"
         after = self._learn(name, "distill", replace(lesson, name=name), start, taught={"teacher?": assistant})

@@ -353,6 +353,8 @@ def _validate(name: str, tree: _Tree) -> Loaded:
     if problems or recipe is None:
         raise RecipeError(sorted(problems, key=_position), hint="see every field: edgekd recipes show quickstart; edgekd methods show NAME")
     sources = {".".join(map(str, at)): where for at, where in tree.marks.items()}
+    if "assistant" in sources:
+        sources.setdefault("assistant.arch", sources["assistant"])  # its name alone stands for it
     return Loaded(name, recipe, tuple(stages), _stage_sources(sources, tree.value) | filled)
 
 
@@ -602,6 +604,9 @@ def _check_assistant(assistant: AssistantConfig, teacher: TeacherConfig | None, 
         bad(("assistant",), "auto goes by the sizes of both models, and only the teacher's outputs are known; name an architecture")
     if assistant.arch is None:
         bad(("assistant",), "expected auto, the name of an architecture, or arch with its args")
+    if assistant.arch == AUTO:
+        for name in sorted(assistant.model_fields_set - {"arch"}):
+            bad(("assistant", name), "auto finds the architecture with its arguments: it takes nothing beside")
     for name in sorted(assistant.model_fields_set & {"onnx", "image_size", "classes"}):
         bad(("assistant", name), "an assistant is trained here, on the data's images and classes: it does not take it")
 

@@ -72,6 +72,7 @@ class Preflight:
         "teacher?": Kind.MODEL,
         "black_box?": Kind.GRAPH,
         "answers?": Kind.ANSWERS,
+        "assistant?": Kind.MODEL,
         "data": Kind.DATA,
     }
     gives = Kind.DECISION
@@ -92,6 +93,10 @@ class Preflight:
                     distiller = _distil_once(probe, (student, spec), inputs, dataset, task_of(settings), ctx)
                     found = _cautions(probe, distiller, (student, spec), inputs, config.teacher_smoothing)
                 warnings += [text for text in found if text not in warnings]
+        if "assistant" in inputs:
+            with _named("assistant"):
+                taught = Probe(stage="distill", name="assistant", method="kd")
+                _distil_once(taught, load_model(inputs["assistant"]), inputs, dataset, task_of(settings), ctx)
         built = _build_all(config, _pruned(config, student, spec, dataset, settings), spec, ctx.console)
         write_decision(out, {"built": built, "warnings": warnings})
         return {"built": built}
@@ -118,7 +123,7 @@ def _named(stage: str) -> Iterator[None]:
         raise InputRefused(
             what,
             where=f"preflight of stage '{stage}'",
-            hint="arguments that fit the images, such as -o model.args={img_size: 32} (or teacher.args); or another method or student",
+            hint="arguments that fit the images, such as -o model.args={img_size: 32} (or teacher.args, assistant.args); or another method or student",
         ) from error
 
 
@@ -170,6 +175,8 @@ def _cautions(
     if "teacher" not in inputs:
         return []
     facts = facts_of(side(*student), side(*load_model(inputs["teacher"])), smoothing)
+    if "assistant" in inputs:  # the gap is what it is there for
+        facts = facts._replace(teacher_parameters=facts.student_parameters)
     return [f"{probe.name}: {text}" for text in cautions(str(probe.method), distiller, facts)]
 
 

@@ -141,7 +141,9 @@ def class_means(model: Callable[[Tensor], Any], view: View, dataset: Dataset, po
 
 
 def check_pair(distiller: Distiller, student: Side, teacher: Side) -> None:
-    """Raises UsageError unless the distiller is made for the families of the two."""
+    """Raises UsageError unless the distiller, or each part of a combined one, is made for the families of the two."""
+    for part in getattr(distiller, "parts", {}).values():
+        check_pair(part, student, teacher)
     asked: frozenset[tuple[str, str]] = getattr(distiller, "pairs", frozenset())
     found = family(teacher.taps, teacher.model), family(student.taps, student.model)
     if not asked or found in asked:

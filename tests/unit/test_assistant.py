@@ -91,6 +91,7 @@ def test_where_nothing_lies_between_a_name_is_asked_for(monkeypatch: pytest.Monk
         ("{arch: resnet1}", [], "assistant.arch: unknown architecture 'resnet1'"),
         ("{args: {depth: 2}}", [], "expected auto, the name of an architecture"),
         ("{arch: resnet18, image_size: 64}", [], "assistant.image_size: an assistant is trained here"),
+        ("{arch: auto, args: {depth: 2}}", [], "auto finds the architecture"),
         ("auto", ["teacher={onnx: t.onnx, mean: [0, 0, 0], std: [1, 1, 1]}"], "only the teacher's outputs are known"),
     ],
 )
@@ -110,6 +111,19 @@ def test_kd_with_the_papers_weights_has_their_loss() -> None:
     p, q = (F.softmax(z / 5, dim=1) for z in (teacher, student))
     expected = 0.5 * 25 * (p * (p / q).log()).sum(1).mean() + 0.5 * F.cross_entropy(student, target)
     assert float(term + distiller.config.label_weight * F.cross_entropy(student, target)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_an_assistant_that_does_not_fit_the_images_fails_before_any_training(home: Path) -> None:
+    recipe(WIDE, NARROW, "{arch: vit_tiny_patch16_224, args: {img_size: 64, depth: 1}}")
+    result = run_here("compress", "r.yaml")
+    assert result.code == 3, result.err
+    assert "preflight of stage 'assistant'" in result.err
+    assert "] teacher\n" not in result.err
+
+
+def test_a_name_alone_has_its_place_as_source() -> None:
+    rows = {r["path"]: r for r in resolved(recipe(WIDE, NARROW, "resnet14t"))}
+    assert (rows["assistant.arch"]["value"], rows["assistant.arch"]["source"]) == ("resnet14t", "r.yaml:4:1")
 
 
 def test_plan_shows_the_steps_of_an_assistant(home: Path) -> None:

@@ -158,7 +158,8 @@ SEGMENT = [*cut("prune"), *taught("recover"), "prune.gate"]
         (
             "assisted",
             [
-                *(*TEACHER, *distilled("distill"), "assistant.init", *reuses(distilled("assistant"))),
+                *(*start(teacher="teacher.init")[:-1], "assistant.init", "preflight", *taught("teacher")),
+                *(*distilled("distill"), *reuses(distilled("assistant"))),
                 *(*distilled("distill.assisted"), "distill.assistant", *SEGMENT),
                 *(*rounded("quantize"), *ended("host", teacher=True)),
             ],

@@ -316,6 +316,7 @@ def test_no_data_are_needed_where_the_number_of_classes_is_given(recipe: Any) ->
     ("change", "words"),
     [
         (("-o", "distill.method=at"), "method 'at' is not made for the pair ViT teacher, CNN student"),
+        (("-o", "distill.method=[kd, at]"), "method 'at' is not made for the pair ViT teacher, CNN student"),
         (("--step", "recovr"), "there is no distill stage 'recovr'; did you mean 'recover'"),
         (("-o", "stages=[]"), "no stage of the recipe distils"),
         (
