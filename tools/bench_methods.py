@@ -1,10 +1,10 @@
-"""Students trained by every method under one protocol: `python tools/bench_methods.py NAME ... [--seeds N] [--methods ...] [--epochs N] [--per-class N]`, and for CIFAR
-`--data FOLDER --weights FILE`.
+"""Students trained by every method under one protocol:
+`python tools/bench_methods.py NAME ... [--seeds N] [--methods ...] [--epochs N] [--teacher-epochs N] [--per-class N]`, and for CIFAR `--data FOLDER --weights FILE`.
 
-NAME of a protocol: `digits-vit-to-cnn` and `digits-cnn-to-vit` (ten labels of each class, a teacher that was trained on all of them; built-in data), or
-`cifar-resnet20` and `cifar-vit` (a CIFAR-10 JPEG folder and the published ResNet-56, tuned on the folder first). Same images, epochs, augmentation and seeds for
-every method, each with its own defaults; the student alone and plain kd are among them. Methods that refuse the pair are named and left out. Val chooses among
-the weights of ten moments of a training, for all alike; test is read at the end.
+NAME of a protocol: `digits-vit-to-cnn` and `digits-cnn-to-vit` (ten labels of each class, a teacher that was trained on all of them; built-in data),
+`cifar-resnet20` and `cifar-vit` (a CIFAR-10 JPEG folder and the published ResNet-56, tuned on the folder first), or `cifar-mobilenet` (the folder alone: its ViT
+is trained on it). Same images, epochs, augmentation and seeds for every method, each with its own defaults; the student alone and plain kd are among them.
+Methods that refuse the pair are named and left out. Val chooses among the weights of ten moments of a training, for all alike; test is read at the end.
 
 Writes tools/methods/NAME.csv (every training), NAME.md (mean, standard error, difference to the student alone and to kd, paired by seed, with 95 % intervals;
 calibration error and agreement with the teacher) and NAME.svg. Interrupted, it goes on where it stopped.
@@ -39,8 +39,8 @@ class Protocol:
     families: tuple[str, str]  # of teacher and student
     words: str
     changes: tuple[str, ...] = ()
-    code: Path | None = None
-    folder: bool = False  # takes --data and --weights
+    code: Path | None = None  # of the published ResNets: takes --weights
+    folder: bool = False  # takes --data
 
 
 FEW = ("data.split.train_per_class=10",)
@@ -63,6 +63,13 @@ PROTOCOLS = {
         "ResNet-56 teacher, small ViT student, CIFAR-10 as JPEG",
         (*CIFAR, f"stages=[{{distill: {{method: kd, epochs: 30, lr: 1e-3, warmup_epochs: 3, clip_grad: 5, {_SETTINGS}}}}}]"),
         code=CODE,
+        folder=True,
+    ),
+    "cifar-mobilenet": Protocol(
+        "cifar10/vit-to-mobilenetv2",
+        ("vit", "cnn"),
+        "ViT teacher, MobileNetV2 student, CIFAR-10 as JPEG",
+        (*CIFAR, f"stages=[{{distill: {{method: kd, epochs: 30, lr: 2e-3, warmup_epochs: 2, {_SETTINGS}}}}}]"),
         folder=True,
     ),
 }
@@ -106,7 +113,9 @@ def trained_teacher(protocol: Protocol, overrides: Sequence[str], home: Store, c
 
 def run(name: str, protocol: Protocol, args: argparse.Namespace) -> None:
     console, home = Console(), Store()
-    given = [f"data.root={args.data.resolve()}", f"teacher.weights={args.weights.resolve()}"] if protocol.folder else []
+    given = [f"data.root={args.data.resolve()}"] if protocol.folder else []
+    given += [f"teacher.weights={args.weights.resolve()}"] if protocol.code else []
+    given += [f"teacher.train.epochs={args.teacher_epochs}"] if args.teacher_epochs else []
     base = (*given, *protocol.changes)
     weights = trained_teacher(protocol, base, home, console)
     changes = [*base, "teacher.train=null", f"teacher.weights={weights}", "distill.keep=best"]
@@ -194,13 +203,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--weights", type=Path, help="ResNet-56 as `edgekd import` writes it")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--teacher-epochs", type=int)
     parser.add_argument("--per-class", type=int, help="training images of each class")
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     for name in args.names:
         protocol = PROTOCOLS[name]
-        if protocol.folder and not (args.data and args.weights):
-            parser.error(f"{name} takes --data and --weights")
+        if (protocol.folder and not args.data) or (protocol.code and not args.weights):
+            parser.error(f"{name} takes --data{' and --weights' if protocol.code else ''}")
         run(name, protocol, args)
 
 
