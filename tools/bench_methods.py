@@ -82,8 +82,8 @@ def methods_for(families: tuple[str, str]) -> tuple[list[str], list[str]]:
     return sorted(set(every) - set(refused), key=lambda n: (n != "kd", n)) + list(COMBINED), refused
 
 
-def trained_teacher(protocol: Protocol, overrides: Sequence[str], home: Store, console: Console) -> Path:
-    """Weights of the protocol's teacher, trained once (seed 0) on all labels; its own training in the recipe says how."""
+def trained_teacher(protocol: Protocol, overrides: Sequence[str], home: Store, console: Console) -> tuple[Path, float]:
+    """(weights of the protocol's teacher, its accuracy on test), trained once (seed 0) on all labels; its own training in the recipe says how."""
     from edgekd.recipe import load
 
     recipe = load(protocol.recipe, overrides).recipe
@@ -107,8 +107,7 @@ def trained_teacher(protocol: Protocol, overrides: Sequence[str], home: Store, c
     artifact = home.get(row["key"])
     if artifact is None:
         raise SystemExit("the teacher's weights are gone from the store")
-    print(f"teacher: {row['test_' + row['metric_name']]:.2%} on test", flush=True)
-    return artifact.path / "model.safetensors"
+    return artifact.path / "model.safetensors", row["test_" + row["metric_name"]]
 
 
 def run(name: str, protocol: Protocol, args: argparse.Namespace) -> None:
@@ -117,7 +116,8 @@ def run(name: str, protocol: Protocol, args: argparse.Namespace) -> None:
     given += [f"teacher.weights={args.weights.resolve()}"] if protocol.code else []
     given += [f"teacher.train.epochs={args.teacher_epochs}"] if args.teacher_epochs else []
     base = (*given, *protocol.changes)
-    weights = trained_teacher(protocol, base, home, console)
+    weights, accuracy = trained_teacher(protocol, base, home, console)
+    print(f"teacher: {accuracy:.2%} on test", flush=True)
     changes = [*base, "teacher.train=null", f"teacher.weights={weights}", "distill.keep=best"]
     changes += [f"distill.epochs={args.epochs}"] if args.epochs else []
     changes += [f"data.split.train_per_class={args.per_class}"] if args.per_class else []
@@ -130,13 +130,15 @@ def run(name: str, protocol: Protocol, args: argparse.Namespace) -> None:
     )
     (out / "sweep.csv").replace(OUT / f"{name}.csv")
     against_kd = {r["variant"]: r for r in compare(found["rows"], "kd")} if "kd" in methods else {}
-    text = table(protocol, found, against_kd, refused, " ".join(["python tools/bench_methods.py", *sys.argv[1:]]))
+    text = table(protocol, accuracy, found, against_kd, refused, " ".join(["python tools/bench_methods.py", *sys.argv[1:]]))
     (OUT / f"{name}.md").write_text(text, encoding="utf-8")
     (OUT / f"{name}.svg").write_text(plot(protocol.words, found["comparison"]), encoding="utf-8")
     print(text)
 
 
-def table(protocol: Protocol, found: dict[str, Any], against_kd: dict[str, Any], refused: Sequence[str], command: str) -> str:
+def table(
+    protocol: Protocol, teacher: float, found: dict[str, Any], against_kd: dict[str, Any], refused: Sequence[str], command: str
+) -> str:
     def points(row: dict[str, Any]) -> str:
         if row.get("difference") is None:
             return ""
@@ -146,7 +148,9 @@ def table(protocol: Protocol, found: dict[str, Any], against_kd: dict[str, Any],
     seeds = max(r["seeds"] for r in found["comparison"])
     lines = [
         f"# {protocol.words}\n",
-        f"Top-1 on test in percent, {seeds} seeds, mean and standard error; differences paired by seed, with 95 % intervals. Made by `{command}`.\n",
+        f"Top-1 on test in percent, {seeds} seeds, mean and standard error; differences paired by seed, with 95 % intervals. "
+        f"The teacher: {100 * teacher:.2f} %. "
+        f"Made by `{command}`.\n",
         "| method | top-1 | against the student alone | against kd | calibration error | agreement with the teacher | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
