@@ -725,6 +725,9 @@ def methods_show(name: str, json: Json = False) -> None:
         Console().json(found)
         return
     Console().data(found["about"])
+    if found.get("costs", {}).get("rows"):
+        Console().data(f"Measured: {found['costs']['measured']}")
+        _table(found["costs"]["rows"], ("pair", "models", "step", "kd"), False)
     _table(found["fields"], ("field", "type", "default", "description"), False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from edgekd import registry
 from edgekd.errors import UnknownName, UsageError, suggest
 
+COSTS = Path(__file__).parent / "distill" / "costs.json"  # measured and written by tools/bench_costs.py
 _METHOD_KINDS = ("distill", "criterion", "quantize", "format", "backend", "task")
 
 
@@ -76,7 +78,19 @@ def show_method(name: str) -> dict[str, Any]:
             else str(info.annotation).replace("typing.", "")
         )
         fields.append({"field": field, "type": kind_name, "default": str(default), "description": info.description or ""})
-    return {"name": name, "kind": kind, "about": _doc(kind, name), "fields": fields}
+    found = {"name": name, "kind": kind, "about": _doc(kind, name), "fields": fields}
+    return found | {"costs": _costs(name)} if kind == "distill" else found
+
+
+def _costs(name: str) -> dict[str, Any]:
+    """What a training step of a distiller took where it was measured, a row a pair of models, and how that was done; no rows where it was not."""
+    found = json.loads(COSTS.read_text(encoding="utf-8"))
+    rows = [
+        {"pair": pair, "models": row["models"], "step": f"{times[name]:.2f}x" if times[name] else "refused", "kd": f"{times['kd']:.2f}x"}
+        for pair, row in found["pairs"].items()
+        if name in (times := row["times"])
+    ]
+    return {"measured": f"{found['measured']} ({found['by']})", "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------------------ store

@@ -203,6 +203,18 @@ def test_methods_show_tells_when_to_use_ofa_and_its_knobs() -> None:
     assert "description" in run_here("methods", "show", "ofa").out
 
 
+def test_methods_show_tells_what_each_distiller_was_measured_to_cost_and_where_it_refuses() -> None:
+    for name in [r["name"] for r in run_here("methods", "list", "distill", "--json").json() if r["name"] != "combined"]:
+        costs = run_here("methods", "show", name, "--json").json()["costs"]
+        assert "tools/bench_costs.py" in costs["measured"]
+        assert costs["rows"], f"{name} was not measured: python tools/bench_costs.py"
+    rows = {r["pair"]: r["step"] for r in run_here("methods", "show", "cskd", "--json").json()["costs"]["rows"]}
+    assert rows["ViT to CNN"] == "refused"
+    assert float(rows["CNN to ViT"].removesuffix("x")) > 1
+    assert "Measured: a training step" in run_here("methods", "show", "kd").out
+    assert "costs" not in run_here("methods", "show", "ptq", "--json").json()
+
+
 def test_devices_show_gives_each_number_with_its_origin() -> None:
     assert run_here("devices", "show", "rpi5", "--json").json()["id"] == "rpi5"
     said = run_here("devices", "show", "rpi5").out
