@@ -39,19 +39,14 @@ def settled(loaded: Loaded, pair: Pair) -> tuple[Loaded, str]:
             f"assistant: none. The teacher has {gap:.1f} times the student's parameters, and auto adds one from {SMALLEST_GAP:g} times on"
         )
     middle = math.sqrt(teacher * student)
-    for found in _by_kinship(pair):
-        sizes = {i: size for i, c in enumerate(found) if (size := _parameters(c, pair.classes)) is not None}
-        between = {i: size for i, size in sizes.items() if student * _APART <= size <= teacher / _APART}
+    for candidates in _by_kinship(pair):
+        sized = [(c, size) for c in candidates if (size := _parameters(c, pair.classes)) is not None]
+        between = [(c, size) for c, size in sized if student * _APART <= size <= teacher / _APART]
         if between:
-            nearest = min(between, key=lambda i: (abs(math.log(between[i] / middle)), i))
-            chosen = found[nearest]
-            recipe = loaded.recipe.model_copy(update={"assistant": chosen})
-            sources = {n: w for n, w in loaded.sources.items() if not n.startswith("assistant")}
-            sources |= dict.fromkeys(("assistant.arch", *(f"assistant.args.{n}" for n in chosen.args)), "assistant: auto")
-            args = f" with {', '.join(f'{n} {v}' for n, v in chosen.args.items())}" if chosen.args else ""
-            return replace(loaded, recipe=recipe, sources=sources), (
-                f"assistant: {chosen.arch}{args}, {between[nearest]} parameters, of {len(between)} between the student's {student} and the "
-                f"teacher's {teacher} the nearest to their middle"
+            chosen, size = min(between, key=lambda found: abs(math.log(found[1] / middle)))
+            return _with(loaded, chosen), (
+                f"assistant: {_words(chosen)}, {size} parameters, of {len(between)} between the student's {student} and the teacher's {teacher} "
+                f"the nearest to their middle"
             )
     raise UsageError(
         f"no architecture was found between the student of {student} and the teacher of {teacher} parameters",
@@ -59,6 +54,17 @@ def settled(loaded: Loaded, pair: Pair) -> tuple[Loaded, str]:
         expected="one of the student's or the teacher's kind",
         hint="name one: -o assistant={arch: NAME}",
     )
+
+
+def _with(loaded: Loaded, chosen: AssistantConfig) -> Loaded:
+    sources = {n: w for n, w in loaded.sources.items() if not n.startswith("assistant")}
+    sources |= dict.fromkeys(("assistant.arch", *(f"assistant.args.{n}" for n in chosen.args)), "assistant: auto")
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"assistant": chosen}), sources=sources)
+
+
+def _words(config: AssistantConfig) -> str:
+    args = ", ".join(f"{n} {v}" for n, v in config.args.items())
+    return f"{config.arch} with {args}" if args else str(config.arch)
 
 
 def _by_kinship(pair: Pair) -> Iterator[list[AssistantConfig]]:
@@ -88,9 +94,8 @@ def _siblings(arch: str) -> list[str]:
     """Architectures that are defined in the same file and whose names begin with the same word."""
     import timm
 
-    module, word = timm.model_entrypoint(arch).__module__, re.match("[a-z]*", arch)
-    names = timm.list_models(f"{word.group() if word else ''}*")
-    return [name for name in names if name != arch and timm.model_entrypoint(name).__module__ == module]
+    module, [word, *_] = timm.model_entrypoint(arch).__module__, re.split("[^a-z]", arch)
+    return [name for name in timm.list_models(f"{word}*") if name != arch and timm.model_entrypoint(name).__module__ == module]
 
 
 def _parameters(config: AssistantConfig, classes: int) -> int | None:

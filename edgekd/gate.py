@@ -73,15 +73,19 @@ def judge(e: Evidence) -> Verdict:
     return Verdict("neutral", f"no certain gain in {' or '.join(sorted(e.wants)) or 'latency or size'}: {said}{hint}")
 
 
-def helped(drop: float, interval: tuple[float, float], measures: str, *, enabled: bool = True) -> Verdict:
+def helped(drop: float, interval: tuple[float, float], measures: str) -> Verdict:
     """The verdict on another way of training the same model, which costs nothing where it runs: kept where the metric is certainly better."""
     said = f"{measures} {_drop_words(drop, interval)} against the student that the teacher taught directly"
-    word = "kept" if interval[1] < 0 else "rolled back" if interval[0] > 0 else "neutral"
-    if not enabled:
-        return Verdict("kept", f"the gate is off; it would say '{word}': {said}")
-    return Verdict(
-        word, said if word == "kept" else f"the assistant did not help: {said}" if word != "neutral" else f"no certain gain: {said}"
-    )
+    if interval[1] < 0:
+        return Verdict("kept", said)
+    if interval[0] > 0:
+        return Verdict("rolled back", f"the assistant did not help: {said}")
+    return Verdict("neutral", f"no certain gain: {said}")
+
+
+def overruled(verdict: Verdict) -> Verdict:
+    """What goes on where gates are off."""
+    return Verdict("kept", f"the gate is off; it would say '{verdict.verdict}': {verdict.reason}")
 
 
 @dataclass(frozen=True)

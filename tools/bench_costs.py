@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,19 +20,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from bench_distill import CLASSES, Pair, block, images, opened  # noqa: E402
+from bench_distill import CLASSES, Pair, block, images, opened, timed  # noqa: E402
 
 from edgekd import registry  # noqa: E402
 from edgekd.data.dataset import Dataset  # noqa: E402
 from edgekd.errors import UsageError  # noqa: E402
 from edgekd.listing import COSTS  # noqa: E402
+from edgekd.sweep import ALONE  # noqa: E402
 from edgekd.tasks.classification import Classification  # noqa: E402
-from edgekd.train.loop import Job, Speed, Teacher, _reproducible, _Run  # noqa: E402
+from edgekd.train.loop import Job, Speed, Teacher, _Run  # noqa: E402
 from edgekd.train.memory import kept_memory  # noqa: E402
 from edgekd.train.pair import teach  # noqa: E402
 from edgekd.train.views import View  # noqa: E402
 
-ALONE = "student alone"
 PAIRS = {
     "CNN to CNN": Pair("resnet50", "resnet18", 224, 8),
     "CNN to ViT": Pair("resnet50", "vit_tiny_patch16_224", 224, 8),
@@ -51,15 +50,6 @@ def steps(pair: Pair, dataset: Dataset, work: Path, method: str) -> Iterator[flo
         distiller = registry.load("distill", method)
         teach(job, distiller(distiller.Config()), teacher, guide, spec)
     return timed(_Run(job))
-
-
-def timed(run: _Run) -> Iterator[float]:
-    start = time.perf_counter()
-    for batch in run.remaining():
-        with _reproducible("cpu"):
-            run.train_step(batch.positions, batch.images)
-        yield time.perf_counter() - start
-        start = time.perf_counter()
 
 
 def measure(pair: Pair, folder: Path, blocks: int, count: int) -> dict[str, float | None]:

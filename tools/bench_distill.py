@@ -125,7 +125,11 @@ def ours(pair: Pair, dataset: Dataset, work: Path, speeds: tuple[Speed, Speed], 
         layout = torch.channels_last if speeds[1].channels_last else torch.contiguous_format
         view = View(pair.spec, channels_last=speeds[1].channels_last)
         job.teacher = teacher if isinstance(teacher, Answers) else Teacher(guide.to(memory_format=layout), view, speeds[1])
-    run = _Run(job)
+    return timed(_Run(job))
+
+
+def timed(run: _Run) -> Iterator[float]:
+    """Seconds of each step of a training that goes on."""
     start = time.perf_counter()
     for batch in run.remaining():
         with _reproducible("cpu"):

@@ -30,16 +30,17 @@ class Facts(NamedTuple):
     teacher_parameters: int
     student_parameters: int
     teacher_smoothing: float = 0.0  # label smoothing that the teacher was, or will be, trained with
+    assisted: bool = False  # a model of a size between them teaches too
 
 
-def facts_of(student: Side, teacher: Side, smoothing: float = 0.0) -> Facts:
+def facts_of(student: Side, teacher: Side, smoothing: float = 0.0, *, assisted: bool = False) -> Facts:
     """The facts of two models with their taps."""
     from edgekd.models.taps import family  # torch stays out of the CLI's start
 
     sides = teacher, student
     sizes = [sum(p.numel() for p in side.model.parameters()) for side in sides]
     families = [family(side.taps, side.model) for side in sides]
-    return Facts(families[0], families[1], sizes[0], sizes[1], smoothing)
+    return Facts(families[0], families[1], sizes[0], sizes[1], smoothing, assisted)
 
 
 def advise(teacher: str, student: str, classes: int, *, labelled: bool = True) -> Advice:
@@ -72,7 +73,7 @@ def cautions(method: str, distiller: Distiller, facts: Facts) -> list[str]:
 
 def _gap(facts: Facts) -> str:
     times = facts.teacher_parameters / max(facts.student_parameters, 1)
-    if times <= _WIDEST_GAP:
+    if times <= _WIDEST_GAP or facts.assisted:
         return ""
     return (
         f"the teacher has {times:.0f} times the student's parameters: a student learns less from a teacher that is far above it than from one between"

@@ -10,10 +10,10 @@ from pydantic import Field
 
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
-from edgekd.gate import helped, paired_drop
+from edgekd.gate import helped, overruled
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, write_decision
-from edgekd.stages.evaluate import LABELS, OUTPUTS
+from edgekd.stages.evaluate import drop_of
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -30,15 +30,13 @@ class Assist:
     libraries = ("numpy",)
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
-        import numpy as np
-
         from edgekd.stages._common import measured_by, task_of
 
-        config, task = settings.typed(self.Config), task_of(settings)
-        labels = np.load(inputs["before_metrics"].path / LABELS)
-        scores = [task.scores(np.load(inputs[n].path / OUTPUTS), labels).tolist() for n in ("before_metrics", "after_metrics")]
-        drop, interval = paired_drop(*scores)
-        verdict = helped(drop, interval, measured_by(task), enabled=config.enabled)
+        task = task_of(settings)
+        drop, interval = drop_of(task, inputs["before_metrics"], inputs["after_metrics"])
+        verdict = helped(drop, interval, measured_by(task))
+        if not settings.typed(self.Config).enabled:
+            verdict = overruled(verdict)
         body = {"verdict": verdict.verdict, "reason": verdict.reason, "chosen": verdict.chosen, "drop": drop, "interval": list(interval)}
         write_decision(out, body)
         return {"verdict": verdict.verdict, "reason": verdict.reason}

@@ -12,6 +12,7 @@ from pydantic import Field
 from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
 from edgekd.errors import DataRefused, InputRefused
+from edgekd.gate import paired_drop
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
 from edgekd.stages.compile import open_engine
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from edgekd.backends import Session
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
+    from edgekd.tasks._task import Task
 
 OUTPUTS, LABELS, METRICS = "outputs.npy", "labels.npy", "metrics.json"
 _BATCH = 64
@@ -134,6 +136,15 @@ def run_engine(
             parts.append(session.run({facts["input"]: normalised(dataset.images(asked), facts)})[0][: len(chosen)])
             bar.update(start + len(chosen))
     return np.concatenate(parts).astype(np.float32)
+
+
+def drop_of(task: Task, before: Artifact, after: Artifact) -> tuple[float, tuple[float, float]]:
+    """How much of the metric is lost between two METRICS of the same samples, and its 95 % interval, paired."""
+    import numpy as np
+
+    labels = np.load(before.path / LABELS)
+    first, second = (task.scores(np.load(side.path / OUTPUTS), labels).tolist() for side in (before, after))
+    return paired_drop(first, second)
 
 
 def metric_of(metrics: Artifact) -> tuple[str, float]:

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from edgekd.artifact import Artifact, Kind
 from edgekd.budget import Budget
-from edgekd.gate import Evidence, Verdict, judge, paired_drop, wants_of
+from edgekd.gate import Evidence, Verdict, judge, overruled, wants_of
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, read_decision, write_decision
 from edgekd.stages.compile import RunConfig, engine_bytes, engine_file, open_engine
-from edgekd.stages.evaluate import LABELS, OUTPUTS, metric_of
+from edgekd.stages.evaluate import drop_of, metric_of
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -51,7 +51,7 @@ class Gate:
         if note.get("chosen") == "before":
             verdict = Verdict(note["verdict"], note["why"])
         if not config.enabled:
-            verdict = Verdict("kept", f"the gate is off; it would say '{verdict.verdict}': {verdict.reason}")
+            verdict = overruled(verdict)
         reason = verdict.reason
         if note and not note.get("met", True) and verdict.verdict == "kept":
             reason += f"; the {note['goal']} target of {note['target']:g} was not met: {note['reason']}"
@@ -67,16 +67,12 @@ class Gate:
 
 def gather(settings: Settings, config: Any, inputs: Mapping[str, Artifact]) -> Evidence:
     """Interleaved latencies, sizes, and paired val scores of both sides."""
-    import numpy as np
-
     from edgekd.profile.causes import slow_causes
     from edgekd.profile.device import load_device
     from edgekd.stages._common import measured_by, task_of
 
     before, after, task = inputs["before"], inputs["after"], task_of(settings)
-    labels = np.load(inputs["before_metrics"].path / LABELS)
-    scores = [task.scores(np.load(inputs[n].path / OUTPUTS), labels).tolist() for n in ("before_metrics", "after_metrics")]
-    drop, drop_ci = paired_drop(*scores)
+    drop, drop_ci = drop_of(task, inputs["before_metrics"], inputs["after_metrics"])
     left = config.accuracy_drop_max - (metric_of(inputs["reference_metrics"])[1] - metric_of(inputs["before_metrics"])[1])
     same, ratio, interval, p50 = before.digest == after.digest, None, None, None
     if config.timed and not same:

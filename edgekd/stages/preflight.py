@@ -174,9 +174,7 @@ def _cautions(
 
     if "teacher" not in inputs:
         return []
-    facts = facts_of(side(*student), side(*load_model(inputs["teacher"])), smoothing)
-    if "assistant" in inputs:  # the gap is what it is there for
-        facts = facts._replace(teacher_parameters=facts.student_parameters)
+    facts = facts_of(side(*student), side(*load_model(inputs["teacher"])), smoothing, assisted="assistant" in inputs)
     return [f"{probe.name}: {text}" for text in cautions(str(probe.method), distiller, facts)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.gate import Candidate, Evidence, helped, judge, paired_drop, pick, wants_of
+from edgekd.gate import Candidate, Evidence, helped, judge, overruled, paired_drop, pick, wants_of
 from edgekd.profile.causes import slow_causes
 
 
@@ -205,6 +205,6 @@ def test_an_assistant_stays_where_the_student_is_certainly_better(interval: tupl
     assert found.verdict == verdict
     assert words in found.reason
     assert found.chosen == ("after" if verdict == "kept" else "before")
-    off = helped(sum(interval) / 2, interval, "accuracy", enabled=False)
+    off = overruled(found)
     assert off.chosen == "after"
     assert f"it would say '{verdict}'" in off.reason
