@@ -30,6 +30,7 @@ from edgekd.profile.schema import DeviceProfile
 from edgekd.recipe import Loaded, TargetConfig, TeacherConfig, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
+from edgekd.train.speed import SpeedConfig
 
 STORE_VERSION = 1
 HOST = "host"
@@ -442,10 +443,12 @@ class _Planner:
         if stage in ("distill", "quantize_train"):
             inputs |= self._taught() if taught is None else taught
         config = settings.config
-        if isinstance(config, TrainConfig) and "auto" in (config.autocast, config.channels_last):
-            tuned = self._config("tune", autocast=config.autocast, channels_last=config.channels_last, batch_size=config.batch_size)
-            tune_inputs = {n: r for n, r in inputs.items() if n not in ("black_box?", "answers?")}
-            inputs["speed?"] = self._add(f"{name}.speed", "tune", tuned, tune_inputs, facts=_here(), unless=unless)
+        if isinstance(config, TrainConfig) and (how := _speed(stage, config)).open:
+            asked = self._config("tune", **how.model_dump(), batch_size=config.batch_size, epochs=config.epochs)
+            tuned = {"model?": model, "data": "data"}
+            if "teacher?" in inputs and not self._can_be_kept(stage, settings, config):
+                tuned["teacher?"] = inputs["teacher?"]
+            inputs["speed?"] = self._add(f"{name}.speed", "tune", asked, tuned, facts=_here(), unless=unless)
         if "answers?" in inputs and _augments(settings.typed(TrainConfig).augment):
             self.plan.notes.append(
                 f"{name}: its images are augmented and the teacher's predictions are of the images as they are; where that costs, "
@@ -468,17 +471,20 @@ class _Planner:
     def _answers(self, stage: str, settings: Settings, inputs: Mapping[str, Ref], unless: tuple[str, Ref] | None) -> str:
         """The teacher's answers to every view: kept once, for all stages that imitate it on the same views."""
         config = settings.typed(TrainConfig)
-        how: dict[str, Any] = {"autocast": config.autocast == "bf16", "channels_last": config.channels_last == "on"}
-        if config.sampled_classes:
-            how |= {"samples": config.sampled_classes, "temperature": _distiller(stage, settings).linear_at}
-        asked = self._config("answers", views=config.fixed_views, augment=config.augment, **how)
-        taken = {"data": "data"} | {n: r for n, r in inputs.items() if n in ("teacher?", "black_box?", "speed?")}
+        how = _speed("answers", config)
+        drawn = {"samples": config.sampled_classes, "temperature": _distiller(stage, settings).linear_at} if config.sampled_classes else {}
+        asked = self._config("answers", views=config.fixed_views, augment=config.augment, **how.model_dump(), **drawn)
+        taken = {"data": "data"} | {n: r for n, r in inputs.items() if n in ("teacher?", "black_box?")}
         teachers = [taken.get(n) for n in ("teacher?", "black_box?")]
         for step in self.plan.steps:
             if step.stage == "answers" and step.settings.config == asked and step.unless in (None, unless):
                 if teachers == [step.inputs.get(n) for n in ("teacher?", "black_box?")]:
                     return step.name
-        return self._add(f"{settings.name}.answers", "answers", asked, taken, unless=unless)
+        name = f"{settings.name}.answers"
+        if how.open and "teacher?" in taken:
+            tuned = self._config("tune", **how.model_dump(), batch_size=config.batch_size, epochs=config.fixed_views)
+            taken["speed?"] = self._add(f"{name}.speed", "tune", tuned, dict(taken), facts=_here(), unless=unless)
+        return self._add(name, "answers", asked, taken, unless=unless)
 
     def _export(self, name: str, model: Ref, unless: tuple[str, Ref] | None = None) -> str:
         graph = self._add(f"{name}.export", "export", None, {"model": model, "data": self.images}, unless=unless)
@@ -946,6 +952,12 @@ def _distiller(stage: str, settings: Settings) -> Any:
     config: Any = settings.method_config
     distiller = registry.load("distill", config.distiller)
     return distiller(distiller.Config(**config.distiller_options))
+
+
+def _speed(stage: str, config: TrainConfig) -> SpeedConfig:
+    """What a stage leaves open; rounding while learning is compiled only where that is asked for."""
+    asked = {n: getattr(config, n) for n in SpeedConfig.model_fields}
+    return SpeedConfig(**asked | ({"compile": "off"} if stage == "quantize_train" and config.compile == "auto" else {}))
 
 
 def _augments(augment: AugmentConfig) -> bool:

@@ -5,6 +5,7 @@ tmp/<key>.<rand>/   scratch of a build; dead as soon as nobody holds the lock of
 work/<key>/         checkpoints of an unfinished stage; they survive SIGKILL and go on publish or by age
 locks/<key>         one flock per key: the kernel frees it when its holder dies
 quarantine/         entries whose bytes differ from their manifest
+programs/           what models were compiled to for training, kept by torch
 timing/             what TensorRT's builder learnt about kernels (backends/_timing.py): a shortcut that may go at any time
 lock                shared while this process uses the store, exclusive for gc
 """
@@ -29,7 +30,7 @@ from edgekd.safeio.locks import check_locks_work, flock, try_lock
 from edgekd.safeio.sealed import Corrupt, read_manifest, seal, verified
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_FOLDERS = ("v1", "tmp", "work", "locks", "quarantine")
+_FOLDERS = ("v1", "tmp", "work", "locks", "quarantine", "programs")
 _NOTICE_AFTER_S, _POLL_S, _DAY_S = 2.0, 0.1, 86_400.0
 _LOCK_TIMEOUT_S = _DAY_S
 _WORK_DAYS = 14.0  # checkpoints untouched for longer belong to a run that nobody will resume
@@ -63,6 +64,11 @@ class Store:
         with resource_errors(self.root):
             _make_private(self.root)
             check_locks_work(self.root / "lock")
+
+    @property
+    def programs(self) -> Path:
+        """Where models that were compiled for training leave their programs."""
+        return self.root / "programs"
 
     def get(self, key: str) -> Artifact | None:
         """The verified entry, or None; an entry that does not verify goes to quarantine with one warning."""
@@ -145,6 +151,8 @@ class Store:
         with resource_errors(self.root), self._alone() as alone:
             report.busy = not alone
             for path in self._rubbish(_WORK_DAYS if older_than_days is None else older_than_days):
+                self._collect(path, report, dry_run)
+            for path in self._old_programs(_WORK_DAYS if older_than_days is None else older_than_days) if alone else ():
                 self._collect(path, report, dry_run)
             unwanted = self._unwanted(older_than_days, max_bytes) if alone else []
             report.kept = sum(1 for _ in self.entries()) - len(unwanted)
@@ -238,6 +246,10 @@ class Store:
                     stale = path.parent.name == "tmp" or _age_days(path) > work_days or self._published(key)
                     if stale:
                         yield path
+
+    def _old_programs(self, days: float) -> list[Path]:
+        """Compiled programs that nothing has added to for so long; only while nobody else may be reading them."""
+        return [path for path in self.programs.iterdir() if _age_days(path) > days]
 
     def _unwanted(self, days: float | None, max_bytes: int | None) -> list[Path]:
         entries = sorted(self.entries(), key=lambda e: e[3])

@@ -51,7 +51,7 @@ from edgekd.models.spec import ModelSpec  # noqa: E402
 from edgekd.tasks.classification import Classification  # noqa: E402
 from edgekd.train.answers import About, Answers, Writer  # noqa: E402
 from edgekd.train.config import TrainConfig  # noqa: E402
-from edgekd.train.loop import Job, Speed, Teacher, _reproducible, _Run  # noqa: E402
+from edgekd.train.loop import Job, Speed, Teacher, _Run, reproducible  # noqa: E402
 from edgekd.train.memory import kept_memory  # noqa: E402
 from edgekd.train.tune import options, tune_student, tune_teacher  # noqa: E402
 from edgekd.train.views import View  # noqa: E402
@@ -132,7 +132,7 @@ def timed(run: _Run) -> Iterator[float]:
     """Seconds of each step of a training that goes on."""
     start = time.perf_counter()
     for batch in run.remaining():
-        with _reproducible("cpu"):
+        with reproducible("cpu"):
             run.train_step(batch.positions, batch.images)
         yield time.perf_counter() - start
         start = time.perf_counter()

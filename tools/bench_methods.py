@@ -1,5 +1,6 @@
 """Students trained by every method under one protocol:
-`python tools/bench_methods.py NAME ... [--seeds N] [--methods ...] [--epochs N] [--teacher-epochs N] [--per-class N]`, and for CIFAR `--data FOLDER --weights FILE`.
+`python tools/bench_methods.py NAME ... [--seeds N] [--methods ...] [--epochs N] [--teacher-epochs N] [--per-class N] [-o KEY=VALUE ...]`,
+and for CIFAR `--data FOLDER --weights FILE`.
 
 NAME of a protocol: `digits-vit-to-cnn` and `digits-cnn-to-vit` (ten labels of each class, a teacher that was trained on all of them; built-in data),
 `cifar-resnet20` and `cifar-vit` (a CIFAR-10 JPEG folder and the published ResNet-56, tuned on the folder first), or `cifar-mobilenet` (the folder alone: its ViT
@@ -121,6 +122,7 @@ def run(name: str, protocol: Protocol, args: argparse.Namespace) -> None:
     changes = [*base, "teacher.train=null", f"teacher.weights={weights}", "distill.keep=best"]
     changes += [f"distill.epochs={args.epochs}"] if args.epochs else []
     changes += [f"data.split.train_per_class={args.per_class}"] if args.per_class else []
+    changes += args.override
     methods, refused = methods_for(protocol.families)
     methods = args.methods or methods
     out = OUT / f".{name}"
@@ -208,6 +210,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="ResNet-56 as `edgekd import` writes it")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--teacher-epochs", type=int)
+    parser.add_argument("-o", dest="override", action="append", default=[], metavar="KEY=VALUE", help="of the students' recipe")
     parser.add_argument("--per-class", type=int, help="training images of each class")
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from edgekd.artifact import Artifact, Kind
-from edgekd.config import Config as Base
 from edgekd.data.config import AugmentConfig
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
+from edgekd.train.speed import SpeedConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -25,13 +25,11 @@ _SAVE_SECONDS = 10.0
 
 @register("stage")
 class Answers:
-    class Config(Base):
+    class Config(SpeedConfig):
         views: int = Field(1, ge=1, description="augmented views of each image")
         samples: int = Field(0, ge=0, description="classes drawn of each answer; 0 keeps all logits")
         temperature: float = Field(1.0, gt=0, description="of the softmax that classes are drawn from")
         augment: AugmentConfig = Field(default_factory=AugmentConfig, description="of the stage that trains")
-        autocast: bool = Field(False, description="where no decision says it: bf16")
-        channels_last: bool = Field(False, description="where no decision says it: memory layout")
 
     takes: Mapping[str, Kind] = {"teacher?": Kind.MODEL, "black_box?": Kind.GRAPH, "data": Kind.DATA, "speed?": Kind.DECISION}
     gives = Kind.ANSWERS
@@ -46,15 +44,17 @@ class Answers:
         from edgekd.stages._common import open_dataset, training_device
         from edgekd.stages.distill import black_box_of, teacher_of
         from edgekd.train.answers import About, Writer
+        from edgekd.train.compiled import keep_programs_in
         from edgekd.train.loop import Teacher
 
         config, dataset = settings.typed(self.Config), open_dataset(inputs["data"], ctx)
+        keep_programs_in(ctx.store.programs)
         classes = len(dataset.classes)
         teacher: Teacher | BlackBox
         if "black_box" in inputs:
             teacher = black_box_of(inputs["black_box"], ctx)
         else:
-            teacher, _ = teacher_of(inputs, autocast=config.autocast, channels_last=config.channels_last)
+            teacher, _ = teacher_of(inputs, config, _BATCH)
         about = About(classes, config.views, config.samples if config.samples < classes else 0, config.temperature)
         writer = Writer(ctx.work, about, dataset.split("train"), ctx.seed)
         first, saved, started = writer.done, time.monotonic(), time.monotonic()
@@ -72,5 +72,5 @@ class Answers:
                         saved = time.monotonic()
                     ctx.stop.check()
         writer.publish(out)
-        autocast = isinstance(teacher, Teacher) and teacher.speed.autocast
-        return {"views": about.views, "images": len(dataset.split("train")), "kept": about.width, "autocast": autocast}
+        facts = {"views": about.views, "images": len(dataset.split("train")), "kept": about.width}
+        return facts | ({"teacher_speed": str(teacher.speed)} if isinstance(teacher, Teacher) else {})

@@ -12,6 +12,7 @@ from edgekd.stages._stage import Settings, read_decision
 from edgekd.stages.export import FACTS, GRAPH
 from edgekd.stages.train import learn, prepare
 from edgekd.train.config import TrainConfig
+from edgekd.train.speed import Speed, SpeedConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -65,10 +66,9 @@ def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[
     if "black_box" in inputs:
         listen(job, distiller, black_box_of(inputs["black_box"], ctx))
         return {}
-    config = settings.typed(TrainConfig)
-    live, spec = teacher_of(inputs, autocast=config.autocast == "bf16", channels_last=config.channels_last == "on")
+    live, spec = teacher_of(inputs, job.cfg, job.cfg.batch_size)
     teach(job, distiller, live, live.model, spec)
-    return {"teacher_autocast": live.speed.autocast}
+    return {"teacher_speed": str(live.speed)}
 
 
 def black_box_of(graph: Artifact, ctx: Context) -> BlackBox:
@@ -78,18 +78,18 @@ def black_box_of(graph: Artifact, ctx: Context) -> BlackBox:
     return opened(graph.path / GRAPH, graph.json(FACTS), ctx)
 
 
-def teacher_of(inputs: Mapping[str, Artifact], *, autocast: bool, channels_last: bool) -> tuple[Teacher, ModelSpec]:
-    """The frozen teacher, run as the tuning decided, or, where none did, as given."""
+def teacher_of(inputs: Mapping[str, Artifact], config: SpeedConfig, batch: int) -> tuple[Teacher, ModelSpec]:
+    """The frozen teacher, run as the tuning decided, or, where none did, as the settings say."""
     import torch
 
     from edgekd.models.build import load_model
     from edgekd.stages._common import training_device
-    from edgekd.train.loop import Speed, Teacher
+    from edgekd.train.loop import Teacher
     from edgekd.train.views import View
 
     model, spec = load_model(inputs["teacher"])
     found = read_decision(inputs["speed"]).get("teacher") if "speed" in inputs else None
-    speed = Speed(found["autocast"], found["channels_last"]) if found else Speed(autocast, channels_last)
+    speed = Speed.of(found) if found else config.speed
     layout = torch.channels_last if speed.channels_last else torch.contiguous_format
     model = model.to(training_device(), memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
-    return Teacher(model, View(spec, channels_last=speed.channels_last, device=training_device()), speed), spec
+    return Teacher(model, View(spec, channels_last=speed.channels_last, device=training_device()), speed, batch=batch), spec

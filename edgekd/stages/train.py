@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ from edgekd.errors import ParityBroken
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, read_decision
 from edgekd.train.config import TrainConfig
+from edgekd.train.speed import Speed
 
 if TYPE_CHECKING:
     from torch import nn
 
     from edgekd.context import Context
     from edgekd.models.spec import ModelSpec
-    from edgekd.train.loop import Job, Speed
+    from edgekd.train.loop import Job
 
 CURVES = "curves.json"
 
@@ -44,9 +46,11 @@ def prepare(settings: Settings, inputs: Mapping[str, Artifact], ctx: Context) ->
     """The job of a training stage without a teacher."""
     from edgekd.models.build import load_model  # torch
     from edgekd.stages._common import open_dataset, task_of, training_device
+    from edgekd.train.compiled import keep_programs_in
     from edgekd.train.loop import Job
 
     config = settings.typed(TrainConfig)
+    keep_programs_in(ctx.store.programs)
     model, spec = load_model(inputs["model"])
     dataset = open_dataset(inputs["data"], ctx)
     speed = chosen_speed(config, inputs, "student")
@@ -55,12 +59,8 @@ def prepare(settings: Settings, inputs: Mapping[str, Artifact], ctx: Context) ->
 
 def chosen_speed(config: TrainConfig, inputs: Mapping[str, Artifact], side: str) -> Speed:
     """What the tuning decided, or what the settings say."""
-    from edgekd.train.loop import Speed
-
     found = read_decision(inputs["speed"]).get(side) if "speed" in inputs else None
-    if found is not None:
-        return Speed(found["autocast"], found["channels_last"])
-    return Speed(config.autocast == "bf16", config.channels_last == "on")
+    return Speed.of(found) if found is not None else config.speed
 
 
 def learn(job: Job, out: Path, ctx: Context, finish: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def learn(job: Job, out: Path, ctx: Context, finish: Callable[[nn.Module], None]
     save_model(trained.model, job.spec, out)
     _assert_same_tensors(trained.model, job.spec, job.name)
     (out / CURVES).write_text(json.dumps(trained.curves, indent=0), encoding="utf-8")
-    facts = {"steps": trained.steps, "images": trained.images, "autocast": job.speed.autocast, "channels_last": job.speed.channels_last}
-    return facts | ({"resumed_elsewhere": trained.elsewhere} if trained.elsewhere else {})
+    said = {"resumed_elsewhere": trained.elsewhere, "not_compiled": trained.refused}
+    return {"steps": trained.steps, "images": trained.images} | asdict(job.speed) | {n: text for n, text in said.items() if text}
 
 
 def _assert_same_tensors(model: nn.Module, spec: ModelSpec, name: str) -> None:

@@ -1,17 +1,17 @@
-"""tune: measures a few steps in fp32 and bf16, in both memory layouts -> the decision how a training stage runs."""
+"""tune: measures a few steps in fp32 and bf16, in both memory layouts, and compiled where that pays -> the decision how a training stage runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from edgekd.artifact import Artifact, Kind
-from edgekd.config import Config as Base
 from edgekd.registry import register
 from edgekd.stages._stage import Settings, write_decision
+from edgekd.train.speed import Speed, SpeedConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 @register("stage")
 class Tune:
-    class Config(Base):
-        autocast: Literal["auto", "off", "bf16"] = Field("auto", description="what the stage's settings leave open")
-        channels_last: Literal["auto", "off", "on"] = Field("auto", description="what the stage's settings leave open")
+    class Config(SpeedConfig):
         batch_size: int = Field(64, ge=1, description="images of a measured step")
+        epochs: int = Field(0, ge=0, description="how often the images are seen; 0: not known")
 
-    takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA, "teacher?": Kind.MODEL}
+    takes: Mapping[str, Kind] = {"model?": Kind.MODEL, "data": Kind.DATA, "teacher?": Kind.MODEL}
     gives = Kind.DECISION
-    version = 1
+    version = 2
     libraries = ("torch", "timm")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
@@ -36,13 +35,18 @@ class Tune:
         from edgekd.models.build import load_model
         from edgekd.stages._common import drawn, open_dataset, training_device
         from edgekd.train import tune
+        from edgekd.train.compiled import keep_programs_in
 
         config = settings.typed(self.Config)
+        keep_programs_in(ctx.store.programs)
         dataset = open_dataset(inputs["data"], ctx)
         images = to_float(torch.from_numpy(dataset.images(drawn(dataset, "train", config.batch_size)))).to(training_device())
-        choices = tune.options(config.autocast, config.channels_last)
-        decision = {"student": tune.tune_student(*load_model(inputs["model"]), images, choices)}
-        if "teacher" in inputs:
-            decision["teacher"] = tune.tune_teacher(*load_model(inputs["teacher"]), images, choices)
+        batches = len(dataset.split("train")) // config.batch_size
+        sides = {"model": ("student", tune.tune_student), "teacher": ("teacher", tune.tune_teacher)}
+        decision = {
+            side: measured(*load_model(inputs[n]), images, config, batches * config.epochs)
+            for n, (side, measured) in sides.items()
+            if n in inputs
+        }
         write_decision(out, decision)
-        return {"chosen": {side: {k: v for k, v in d.items() if k != "seconds"} for side, d in decision.items()}}
+        return {"chosen": {side: str(Speed.of(found)) for side, found in decision.items()}}

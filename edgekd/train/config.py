@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from edgekd.config import Config, no_key
+from edgekd.config import no_key
 from edgekd.data.config import AugmentConfig
+from edgekd.train.speed import SpeedConfig
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainConfig(Config):
+class TrainConfig(SpeedConfig):
     """How weights are learned; the defaults suit a small CNN on a small dataset."""
 
     epochs: int = Field(10, ge=1, le=10_000, description="passes over the training split")
@@ -31,8 +32,6 @@ class TrainConfig(Config):
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
     clip_grad: float = Field(0.0, ge=0, description="largest gradient norm; 0 does not clip")
     accumulate: int = Field(1, ge=1, le=1024, description="batches per optimizer step")
-    autocast: Literal["auto", "off", "bf16"] = Field("auto", description="bf16 autocast; auto measures a few steps and keeps the faster")
-    channels_last: Literal["auto", "off", "on"] = Field("auto", description="memory layout of images; auto measures")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="augmentation of training batches")
     views: int = Field(
         0,

@@ -7,9 +7,10 @@ killed anywhere continues to the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,13 @@ from edgekd.data.loader import batches, epoch_order
 from edgekd.data.rng import seed_of
 from edgekd.errors import TrainingDiverged
 from edgekd.train import checkpoint
+from edgekd.train.compiled import Compiled
 from edgekd.train.config import TrainConfig
 from edgekd.train.distiller import Batch, Outputs
 from edgekd.train.evaluate import logits_of
 from edgekd.train.memory import kept_memory
 from edgekd.train.optim import Average, Dot, learning_rate, make_optimizer
+from edgekd.train.speed import Speed
 from edgekd.train.views import View
 
 if TYPE_CHECKING:
@@ -45,14 +48,6 @@ if TYPE_CHECKING:
 _CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = 10.0, 0.02  # at least so far apart, and at most this part of the time
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How a model is run: chosen by measuring (train/tune.py), recorded, replayed."""
-
-    autocast: bool = False
-    channels_last: bool = False
-
-
 @dataclass
 class Teacher:
     """The frozen model that is imitated, with its own view of the images."""
@@ -61,13 +56,22 @@ class Teacher:
     view: View
     speed: Speed
     tapped: TappedModel | None = None
+    batch: int = 0  # images in the batches that a compiled teacher is for
+
+    @cached_property
+    def forward(self) -> Callable[[Tensor], Any]:
+        """The model, with its taps where there are some, as `speed` says that it runs."""
+        run = self.tapped or self.model
+        return Compiled(run, self.batch, frozen=True) if self.speed.compiled else run
 
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Outputs:
         """Outputs for images in [0, 1]; fp32 whatever the autocast. `index` and `epoch` are for teachers whose answers are kept."""
         kind = images.device.type
         with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.speed.autocast):
-            seen = self.tapped(self.view(images)) if self.tapped else (self.model(self.view(images)),)
-        return Outputs.of(*seen, copy=True)  # ordinary tensors: inference tensors cannot be saved for the student's backward pass
+            seen = self.forward(self.view(images))
+        return Outputs.of(
+            *(seen if self.tapped else (seen,)), copy=True
+        )  # ordinary tensors: inference tensors cannot be saved for a backward pass
 
 
 @dataclass
@@ -100,6 +104,7 @@ class Trained:
     steps: int
     images: int
     elsewhere: str = ""  # a resume in another environment, in words
+    refused: str = ""  # why a model that should have been compiled was not
 
 
 def fit(job: Job, ctx: Context) -> Trained:
@@ -113,11 +118,13 @@ def fit(job: Job, ctx: Context) -> Trained:
         ctx.console.warn(
             f"{job.name} goes on from a checkpoint of another environment ({elsewhere}): close to one uninterrupted run, not byte-identical"
         )
-    with ctx.console.bar(job.name, run.total) as bar, ctx.stop.deferred(), _reproducible(job.device), kept_memory():
+    with ctx.console.bar(job.name, run.total) as bar, ctx.stop.deferred(), reproducible(job.device), kept_memory():
         started, first, saved = time.monotonic(), run.step, time.monotonic()
         shown, pause = started, _CHECKPOINT_SECONDS
         for batch in run.remaining():
             terms = run.train_step(batch.positions, batch.images)
+            if run.step == first + 1 and (refused := run.refused()):
+                ctx.console.warn(f"{job.name} runs uncompiled: {refused}")
             now = time.monotonic()
             if now - shown > job.cfg.log_seconds:
                 rate, shown = (run.step - first) * job.cfg.batch_size / (now - started), now
@@ -131,7 +138,7 @@ def fit(job: Job, ctx: Context) -> Trained:
 
 
 @contextmanager
-def _reproducible(device: str) -> Iterator[None]:
+def reproducible(device: str) -> Iterator[None]:
     """On the CPU, only operations whose sums do not depend on thread timing (backward of an indexed table, for one); warns where there is none."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -162,6 +169,8 @@ class _Run:
         self.job, cfg = job, job.cfg
         layout = torch.channels_last if job.speed.channels_last else torch.contiguous_format
         self.model = job.model.to(job.device, memory_format=layout).train()  # type: ignore[call-overload]
+        run = job.tapped or self.model
+        self.forward: Callable[[Tensor], Any] = Compiled(run, cfg.batch_size) if job.speed.compiled else run
         self.trained = nn.ModuleList([m for m in (self.model, job.projectors) if m is not None]).to(job.device)
         self.optimizer = make_optimizer([self.trained], cfg)
         self.average = Average(self.model, cfg.ema) if cfg.ema else None
@@ -221,8 +230,8 @@ class _Run:
         if mixed is not None:
             pixels, target = mixed.images, job.task.mix(target, target[mixed.partner], mixed.share, classes)
         with torch.autocast(torch.device(job.device).type, torch.bfloat16, enabled=job.speed.autocast):
-            seen = job.tapped(self.view(pixels)) if job.tapped else (self.model(self.view(pixels)),)
-        student = Outputs.of(*seen)
+            seen = self.forward(self.view(pixels))
+        student = Outputs.of(*(seen if job.tapped else (seen,)))
         terms = {"label": job.label_weight * job.task.label_loss(student.logits, target, cfg.label_smoothing)}
         if job.distiller is not None and job.teacher is not None:
             progress, self.answer = self.step / max(self.total - 1, 1), job.teacher(pixels, index, epoch)
@@ -285,6 +294,11 @@ class _Run:
             expected="finite gradients",
             hint=f"lower the rate, or turn bf16 off: -o {self.job.name}.lr={self.job.cfg.lr / 3:.2g} -o {self.job.name}.autocast=off",
         )
+
+    def refused(self) -> str:
+        """Why the student or its teacher could not be compiled; nothing where that was not asked, or went well."""
+        teacher = self.job.teacher.forward if isinstance(self.job.teacher, Teacher) else None
+        return next((f.refused for f in (self.forward, teacher) if isinstance(f, Compiled) and f.refused), "")
 
     # ------------------------------------------------------------------------------------------------ logging and val
     def _log(self, values: dict[str, float], epoch: int) -> None:
@@ -358,7 +372,7 @@ class _Run:
         for name, tensor in kept.state_dict().items():
             if not bool(tensor.isfinite().all()):  # what would be published could not be read again
                 raise TrainingDiverged(f"'{name}' is not finite at the end", where=self.job.name, expected="finite weights")
-        return Trained(kept, self.curves, self.total, self.total * self.job.cfg.batch_size, self.elsewhere)
+        return Trained(kept, self.curves, self.total, self.total * self.job.cfg.batch_size, self.elsewhere, self.refused())
 
 
 def _finite(value: float) -> bool:

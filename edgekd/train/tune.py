@@ -1,7 +1,8 @@
-"""Which of fp32 or bf16 autocast, and which memory layout, is faster for this model here: measured, recorded, replayed. Not a fixed rule.
+"""Which of fp32 or bf16 autocast, which memory layout, and compiled or not, is faster for this model here: measured, recorded, replayed. Not a fixed rule.
 
-bf16 is slower than fp32 for 16-channel convolutions on some CPUs and several times faster for transformers; so a few steps of each are timed,
-interleaved, and the fastest is kept. A teacher's answers must also agree with its fp32 answers.
+bf16 is slower than fp32 for 16-channel convolutions on some CPUs and several times faster for transformers on others; so a few steps of each are timed,
+interleaved, and the fastest is kept. Compiling takes up to a minute, so it is tried, on the fastest of them, only where the training is long. A teacher's
+answers must also agree with its fp32 answers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from itertools import product
 from statistics import median
 from typing import Any
@@ -18,57 +20,81 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekd.models.spec import ModelSpec
-from edgekd.train.loop import Speed
+from edgekd.train.compiled import Compiled
+from edgekd.train.loop import reproducible
+from edgekd.train.speed import Speed, SpeedConfig
 from edgekd.train.views import View
 
 _ROUNDS = 2
 _BUDGET_SECONDS = 3.0
 _AGREEMENT = 0.98  # share of a batch on which a faster teacher must decide as in fp32
 _GAIN = 0.95  # a choice other than plain fp32 must be at least 5 % faster: noise should not change results
+_LONG = 600.0  # seconds of a training that may repay compiling
+_REPAID = 2.0  # what compiling saves is at least so many times what it took
+
+Step = Callable[[], object]
 
 
-def options(autocast: str, channels_last: str) -> list[Speed]:
-    """The combinations that the settings leave open; plain fp32 first."""
-    casts = {"off": [False], "bf16": [True], "auto": [False, True]}[autocast]
-    layouts = {"off": [False], "on": [True], "auto": [False, True]}[channels_last]
-    return [Speed(cast, layout) for cast, layout in product(casts, layouts)]
+class _Unfit(Exception):
+    """A way to run the model that is out, and why."""
 
 
-def tune_student(model: nn.Module, spec: ModelSpec, images: Tensor, choices: list[Speed]) -> dict[str, Any]:
-    """The fastest way to take a training step on `images` (batch, 3, h, w) in [0, 1]."""
+def options(config: SpeedConfig) -> list[Speed]:
+    """The combinations that the settings leave open, plain fp32 first; compiled only where they say so."""
+    casts = {"off": [False], "bf16": [True], "auto": [False, True]}[config.autocast]
+    layouts = {"off": [False], "on": [True], "auto": [False, True]}[config.channels_last]
+    return [Speed(cast, layout, config.compile == "on") for cast, layout in product(casts, layouts)]
 
-    def prepare(speed: Speed) -> Callable[[], object]:
+
+def tune_student(model: nn.Module, spec: ModelSpec, images: Tensor, config: SpeedConfig, steps: int = 0) -> dict[str, Any]:
+    """The fastest way to take training steps on `images` (batch, 3, h, w) in [0, 1], of which there will be `steps`."""
+
+    def prepare(speed: Speed) -> Step:
         net, view = _laid_out(model, speed, images.device).train(), _view(spec, speed, images.device)
+        forward = Compiled(net, len(images)) if speed.compiled else net
         target = torch.zeros(len(images), dtype=torch.long, device=images.device)
 
         def step() -> None:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=speed.autocast):
-                loss = F.cross_entropy(net(view(images)).float(), target)
+                loss = F.cross_entropy(forward(view(images)).float(), target)
             loss.backward()  # type: ignore[no-untyped-call]
             net.zero_grad(set_to_none=True)
 
-        return step
+        return _started(step, forward)
 
-    return _choose(choices, prepare, images.device)
+    with reproducible(images.device.type):
+        return _choose(config, prepare, images.device, steps)
 
 
-def tune_teacher(model: nn.Module, spec: ModelSpec, images: Tensor, choices: list[Speed]) -> dict[str, Any]:
+def tune_teacher(model: nn.Module, spec: ModelSpec, images: Tensor, config: SpeedConfig, steps: int = 0) -> dict[str, Any]:
     """The fastest forward pass whose decisions agree with plain fp32."""
     with torch.inference_mode():
         plain = model.to(images.device)(_view(spec, Speed(), images.device)(images)).argmax(1)
 
-    def prepare(speed: Speed) -> Callable[[], object] | None:
-        net, view = _laid_out(model, speed, images.device).eval(), _view(spec, speed, images.device)
+    def prepare(speed: Speed) -> Step:
+        net, view = _laid_out(model, speed, images.device).eval().requires_grad_(False), _view(spec, speed, images.device)
+        forward = Compiled(net, len(images), frozen=True) if speed.compiled else net
 
-        def forward() -> Tensor:
+        def step() -> Tensor:
             with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=speed.autocast):
-                out: Tensor = net(view(images))
+                out: Tensor = forward(view(images))
             return out
 
-        agrees = float((forward().argmax(1) == plain).float().mean()) >= _AGREEMENT
-        return forward if agrees else None
+        _started(step, forward)
+        agreement = float((step().argmax(1) == plain).float().mean())
+        if agreement < _AGREEMENT:
+            raise _Unfit(f"it agrees with fp32 on {agreement:.1%} of a batch")
+        return step
 
-    return _choose(choices, prepare, images.device)
+    return _choose(config, prepare, images.device, steps)
+
+
+def _started(step: Step, forward: object) -> Step:
+    """A step that ran once; raises _Unfit where its model would not compile."""
+    step()
+    if isinstance(forward, Compiled) and forward.refused:
+        raise _Unfit(forward.refused)
+    return step
 
 
 def _laid_out(model: nn.Module, speed: Speed, device: torch.device) -> nn.Module:
@@ -81,33 +107,57 @@ def _view(spec: ModelSpec, speed: Speed, device: torch.device) -> View:
     return View(spec, channels_last=speed.channels_last, device=device.type)
 
 
-def _wait(device: torch.device) -> None:
-    """Kernels on a GPU run behind the program's back."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _choose(config: SpeedConfig, prepare: Callable[[Speed], Step], device: torch.device, steps: int) -> dict[str, Any]:
+    """The decision: what was chosen, the seconds of a step of each, and what is out and why."""
+    choices, out = options(config), {}
+    if len(choices) == 1 and config.compile != "auto":
+        return asdict(choices[0]) | {"seconds": {}, "out": {}}
+    runs: dict[Speed, Step] = {}
+    for speed in choices:
+        try:
+            runs[speed] = prepare(speed)
+        except _Unfit as problem:
+            out[str(speed)] = str(problem)
+    if not runs:  # none of those that the settings allow agrees with fp32
+        runs = {Speed(): prepare(Speed())}
+    cost = _measured(runs, device)
+    first, best = next(iter(cost)), min(cost, key=lambda s: cost[s])
+    chosen = best if cost[best] < _GAIN * cost[first] else first
+    fused = replace(chosen, compiled=True)
+    if config.compile == "auto":
+        if cost[chosen] * steps < _LONG:
+            out["compiled"] = f"{steps} steps take less than {_LONG / 60:.0f} minutes, which would hardly repay compiling"
+        else:
+            began = time.perf_counter()
+            try:
+                again = {chosen: runs[chosen], fused: prepare(fused)}
+            except _Unfit as problem:
+                out[str(fused)] = str(problem)
+            else:
+                spent = time.perf_counter() - began
+                both = _measured(again, device)
+                cost |= {fused: both[fused]}
+                saved = (both[chosen] - both[fused]) * steps
+                if both[fused] >= _GAIN * both[chosen] or saved < _REPAID * spent:
+                    out[str(fused)] = f"compiling takes {spent:.0f} s and saves {max(saved, 0):.0f} s"
+                else:
+                    chosen = fused
+            torch.compiler.reset()  # the training compiles again, from the programs that are kept, with its own taps
+    return asdict(chosen) | {"seconds": {str(s): round(c, 5) for s, c in cost.items()}, "out": out}
 
 
-def _choose(choices: list[Speed], prepare: Callable[[Speed], Callable[[], object] | None], device: torch.device) -> dict[str, Any]:
-    """Interleaved rounds within a time budget; the first round of each warms up and is not counted."""
-    if len(choices) == 1:
-        return {"autocast": choices[0].autocast, "channels_last": choices[0].channels_last, "seconds": {}}
-    runs = {speed: run for speed in choices if (run := prepare(speed)) is not None}
-    if not runs and (plain := prepare(Speed())) is not None:  # none of those that the settings allow agrees with fp32
-        runs = {Speed(): plain}
+def _measured(runs: dict[Speed, Step], device: torch.device) -> dict[Speed, float]:
+    """Median seconds of each: interleaved rounds within a time budget; the first round of each warms up and is not counted."""
     taken: dict[Speed, list[float]] = {speed: [] for speed in runs}
     started = time.monotonic()
     for number in range(_ROUNDS + 1):
         for speed, run in runs.items():
             begin = time.perf_counter()
             run()
-            _wait(device)
+            if device.type == "cuda":  # kernels on a GPU run behind the program's back
+                torch.cuda.synchronize()
             if number:
                 taken[speed].append(time.perf_counter() - begin)
         if number and time.monotonic() - started > _BUDGET_SECONDS:
             break
-    cost = {speed: median(times) for speed, times in taken.items()}
-    first = next(iter(cost))
-    best = min(cost, key=lambda s: cost[s])
-    chosen = best if cost[best] < _GAIN * cost[first] else first
-    shown = {f"{'bf16' if s.autocast else 'fp32'}{' channels_last' if s.channels_last else ''}": round(c, 5) for s, c in cost.items()}
-    return {"autocast": chosen.autocast, "channels_last": chosen.channels_last, "seconds": shown}
+    return {speed: median(times) for speed, times in taken.items()}

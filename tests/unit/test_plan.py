@@ -38,7 +38,7 @@ RECIPES = {
     "trained, no teacher": BARE + "stages: [{train: {epochs: 2}}]\n",
     "pruned at once": BARE + "stages: [{prune: {target: {macs: 0.5}}}, {train: {epochs: 2}}]\n",
     "quantized only": BARE + "stages: [{quantize: {}}]\n",
-    "fixed speed": BARE + "stages: [{train: {epochs: 2, autocast: 'off', channels_last: 'off'}}]\n",
+    "fixed speed": BARE + "stages: [{train: {epochs: 2, autocast: 'off', channels_last: 'off', compile: 'off'}}]\n",
     "teacher with weights": BARE + "teacher: {arch: resnet18, weights: teacher.safetensors}\nstages: [{distill: {epochs: 2}}]\n",
     "ONNX file": HEAD + "model: {onnx: model.onnx}\nstages: [{quantize: {}}]\n",
     "two prunes": TWICE,
@@ -75,12 +75,12 @@ def taught(name: str) -> list[str]:
 
 def distilled(name: str) -> list[str]:
     """Without augmentation a teacher says the same in every epoch: its answers are kept."""
-    return [f"{name}.speed", f"{name}.answers", *taught(name)[1:]]
+    return [f"{name}.speed", f"{name}.answers.speed", f"{name}.answers", *taught(name)[1:]]
 
 
 def reuses(steps: list[str]) -> list[str]:
     """The same where the answers to the same views were kept before."""
-    return [s for s in steps if not s.endswith(".answers")]
+    return [s for s in steps if not s.endswith((".answers", ".answers.speed"))]
 
 
 def cut(name: str) -> list[str]:
@@ -487,7 +487,7 @@ def after(plan: Plan, name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("override", "first"),
     [
-        ("distill.epochs=4", "distill"),
+        ("distill.epochs=4", "distill.speed"),
         ("distill.temperature=2", "distill"),
         ("distill.augment.pad=1", "distill.answers"),
         ("recover.lr=0.1", "recover"),
@@ -495,7 +495,7 @@ def after(plan: Plan, name: str) -> set[str]:
         ("data.image_size=40", "data"),
         ("data.split.val=0.2", "data"),
         ("model.args={drop_rate: 0.1}", "student"),
-        ("teacher.train.epochs=3", "teacher"),
+        ("teacher.train.epochs=3", "teacher.speed"),
     ],
 )
 def test_a_change_reaches_its_step_and_what_depends_on_it(override: str, first: str) -> None:

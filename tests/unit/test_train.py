@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -501,6 +502,27 @@ def test_a_quantized_run_stopped_at_any_step_ends_in_the_same_weights_and_grid(
         with pytest.raises(Interrupted):
             fit(job(f"stop{step}"), stop_after(step))
         assert baked(train(job(f"stop{step}"))) == expected, step
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_compiled_run_stopped_at_any_step_ends_in_the_same_bytes(dataset: Dataset, tmp_path: Path) -> None:
+    cfg, speed = settings(epochs=2, ema=0.5), Speed(compiled=True)
+
+    def job(work: str) -> Job:
+        made = make_job(dataset, tmp_path / work, cfg, speed=speed)
+        teacher = pair("ofa")[1].eval().requires_grad_(False)
+        method = registry.load("distill", "ofa")
+        teach(made, method(method.Config()), Teacher(teacher, View(SPEC), speed, batch=cfg.batch_size), teacher, SPEC)
+        return made
+
+    undisturbed = train(job("whole"))
+    assert not undisturbed.refused
+    for step in (1, undisturbed.steps - 1):
+        with pytest.raises(Interrupted):
+            fit(job(f"stop{step}"), stop_after(step))
+        again = train(job(f"stop{step}"))
+        assert weights(again.model) == weights(undisturbed.model), step
+        assert again.curves == undisturbed.curves
 
 
 @pytest.mark.parametrize("speed", [Speed(autocast=True), Speed(channels_last=True)], ids=str)
