@@ -1,14 +1,14 @@
-"""Steps per second of edgekd's training loop: `python tools/bench_distill.py [PAIR ...] [--blocks N] [--steps N] [--files] [--give-back]`, or `--memory`.
+"""Steps per second of edgekd's training loop: `python tools/bench_distill.py [PAIR ...] [--blocks N] [--steps N] [--files]`, or `--memory`.
 
-Pairs: resnet56-resnet20 (32 x 32, batch 128), vit_small-mobilenetv3 and resnet50-resnet18 (224 x 224, batch 32); kd, SGD, two threads. Blocks of steps of each
-variant are interleaved in one process, and the figures are ratios of medians over the blocks. Memory is kept between steps for all of them, since one process
-has one malloc; `--give-back` measures without.
+Pairs: resnet56-resnet20 (32 x 32, batch 128), vit_small-mobilenetv3 and resnet50-resnet18 (224 x 224, batch 32); kd, SGD, two threads. Each variant is a process
+of its own, since how malloc gives memory back is a property of a process; they take turns, block by block, and the figures are ratios of medians over the blocks.
 
     student, bare   torch loop in fp32: the student alone
     bare            torch loop in fp32, default layout: teacher in eval and no_grad, augmented batches from the same functions
     alone           our loop without a teacher, as `tune` measured to be fastest
-    fp32            our loop with autocast and channels_last off
-    chosen          our loop, as `tune` measured to be fastest
+    fp32            our loop with autocast, channels_last and compile off
+    eager           our loop as `chosen`, nothing compiled
+    chosen          our loop, as `tune` measured to be fastest for a long training
     kept            the same with the teacher's answers kept (`views`); computing them once is not counted
     files           `--files`: as fp32, decoding JPEG files each epoch instead of reading the decoded cache
 
@@ -18,15 +18,16 @@ has one malloc; `--give-back` measures without.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,14 @@ from edgekd.models.spec import ModelSpec  # noqa: E402
 from edgekd.tasks.classification import Classification  # noqa: E402
 from edgekd.train.answers import About, Answers, Writer  # noqa: E402
 from edgekd.train.config import TrainConfig  # noqa: E402
-from edgekd.train.loop import Job, Speed, Teacher, _Run, reproducible  # noqa: E402
+from edgekd.train.loop import Job, Teacher, _Run, reproducible  # noqa: E402
 from edgekd.train.memory import kept_memory  # noqa: E402
-from edgekd.train.tune import options, tune_student, tune_teacher  # noqa: E402
+from edgekd.train.speed import Speed, SpeedConfig  # noqa: E402
+from edgekd.train.tune import tune_student, tune_teacher  # noqa: E402
 from edgekd.train.views import View  # noqa: E402
 
-MEAN, STD, CLASSES, VIEWS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 10, 4
+MEAN, STD, CLASSES, VIEWS, LONG = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 10, 4, 10**6
+BARE, OURS = ("student, bare", "bare"), ("alone", "fp32", "eager", "chosen", "kept")
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def ours(pair: Pair, dataset: Dataset, work: Path, speeds: tuple[Speed, Speed], 
         job.distiller, job.label_weight = KD(KD.Config()), 0.1
         layout = torch.channels_last if speeds[1].channels_last else torch.contiguous_format
         view = View(pair.spec, channels_last=speeds[1].channels_last)
-        job.teacher = teacher if isinstance(teacher, Answers) else Teacher(guide.to(memory_format=layout), view, speeds[1])
+        job.teacher = (
+            teacher if isinstance(teacher, Answers) else Teacher(guide.to(memory_format=layout), view, speeds[1], batch=pair.batch)
+        )
     return timed(_Run(job))
 
 
@@ -171,37 +176,66 @@ def block(steps: Iterator[float], count: int) -> float:
     return statistics.median(next(steps) for _ in range(count))
 
 
+# ------------------------------------------------------------------------------------------------------------ one process each
+def variant(name: str, pair: Pair, folder: Path, chosen: tuple[Speed, Speed]) -> Iterator[float]:
+    """Seconds of each step of the loop of that name."""
+    dataset = Dataset.open(folder / ("off" if name == "files" else "on"), folder / "data", workers=2)
+    if name in BARE:
+        return bare(pair, dataset, alone=name == "student, bare")
+    plain, eager = (Speed(), Speed()), (replace(chosen[0], compiled=False), replace(chosen[1], compiled=False))
+    teacher: str | Answers = "none" if name == "alone" else "live"
+    if name == "kept":
+        teacher = answers(folder / "kept", dataset)
+    return ours(pair, dataset, folder, {"fp32": plain, "files": plain, "eager": eager}.get(name, chosen), teacher)
+
+
+def serve(name: str, pair: Pair, folder: Path, chosen: tuple[Speed, Speed]) -> None:
+    """Takes as many steps as each line of standard input says, and answers with their median."""
+    with nullcontext() if name in BARE else kept_memory():
+        steps = variant(name, pair, folder, chosen)
+        for line in sys.stdin:
+            print(block(steps, int(line)), flush=True)
+
+
+class Loop:
+    """A process that trains while it is asked to."""
+
+    def __init__(self, name: str, pair: str, folder: Path, chosen: tuple[Speed, Speed]):
+        settings = json.dumps([asdict(speed) for speed in chosen])
+        command = [sys.executable, __file__, pair, "--serve", name, str(folder), settings]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def block(self, count: int) -> float:
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("a process without pipes")
+        print(count, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+
 def measure(name: str, pair: Pair, folder: Path, args: argparse.Namespace) -> None:
     root = images(folder, pair.size, 20 * pair.batch)
-    dataset, sample = opened(folder / "on", root, pair.size, "on"), torch.rand(pair.batch, 3, pair.size, pair.size)
+    sample = torch.rand(pair.batch, 3, pair.size, pair.size)
+    for cache in ("on", "off"):
+        opened(folder / cache, root, pair.size, cache)
     student, teacher = pair.models()
-    tuned = (
-        tune_student(student, pair.spec, sample, options("auto", "auto")),
-        tune_teacher(teacher, pair.spec, sample, options("auto", "auto")),
-    )
-    chosen = Speed(tuned[0]["autocast"], tuned[0]["channels_last"]), Speed(tuned[1]["autocast"], tuned[1]["channels_last"])
-    print(
-        f"\n{name}, {pair.size} x {pair.size}, batch {pair.batch}\ntune: student {tuned[0]['seconds']} -> {chosen[0]}; teacher {tuned[1]['seconds']} -> {chosen[1]}"
-    )
-    plain = Speed(), Speed()
-    variants: dict[str, Callable[[], Iterator[float]]] = {
-        "student, bare": lambda: bare(pair, dataset, alone=True),
-        "bare": lambda: bare(pair, dataset, alone=False),
-        "alone": lambda: ours(pair, dataset, folder, chosen, "none"),
-        "fp32": lambda: ours(pair, dataset, folder, plain, "live"),
-        "chosen": lambda: ours(pair, dataset, folder, chosen, "live"),
-        "kept": lambda: ours(pair, dataset, folder, chosen, answers(folder / "kept", dataset)),
-    }
-    if args.files:
-        undecoded = opened(folder / "off", root, pair.size, "off")
-        variants["files"] = lambda: ours(pair, undecoded, folder, plain, "live")
-    running = {variant: make() for variant, make in variants.items()}
-    taken: dict[str, list[float]] = {variant: [] for variant in running}
+    with kept_memory():
+        tuned = {
+            side: tune(model, pair.spec, sample, SpeedConfig(), LONG)
+            for side, tune, model in (("student", tune_student, student), ("teacher", tune_teacher, teacher))
+        }
+    print(f"\n{name}, {pair.size} x {pair.size}, batch {pair.batch}")
+    for side, found in tuned.items():
+        print(f"tune: {side}: {found['seconds']} -> {Speed.of(found)} {found['out'] or ''}", flush=True)
+    chosen = Speed.of(tuned["student"]), Speed.of(tuned["teacher"])
+    loops = {variant: Loop(variant, name, folder, chosen) for variant in (*BARE, *OURS, *(("files",) if args.files else ()))}
+    taken: dict[str, list[float]] = {variant: [] for variant in loops}
     for number in range(args.blocks + 1):
-        for variant, steps in running.items():
-            seconds = block(steps, args.steps)
+        for variant, loop in loops.items():
+            seconds = loop.block(args.steps)
             if number:
                 taken[variant].append(seconds)
+    for loop in loops.values():
+        loop.process.communicate()  # the end of its input ends it
     cost = {variant: statistics.median(times) for variant, times in taken.items()}
     print("\n| loop | steps/s | against `bare` | against `alone` | against `student, bare` |\n|---|---|---|---|---|")
     for variant, seconds in cost.items():
@@ -229,7 +263,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--files", action="store_true")
-    parser.add_argument("--give-back", action="store_true", help="leave malloc as it is: freed memory goes back to the kernel")
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--memory", nargs="?", type=int, const=0, help=argparse.SUPPRESS)
     args: Any = parser.parse_args()
     torch.set_num_threads(2)
@@ -242,8 +276,12 @@ def main() -> None:
             f"anonymous memory: {found[0] / 1e6:.0f} MB with 10,000 images, {found[1] / 1e6:.0f} MB with 50,000: {found[1] / found[0] - 1:+.1%}"
         )
         return
+    if args.serve:
+        name, folder, settings = args.serve
+        serve(name, PAIRS[args.pairs[0]], Path(folder), (*map(Speed.of, json.loads(settings)),))
+        return
     for name in args.pairs or PAIRS:
-        with nullcontext() if args.give_back else kept_memory(), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             measure(name, PAIRS[name], Path(folder), args)
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from edgekd import registry  # noqa: E402
-from edgekd.api import Options, sweep  # noqa: E402
+from edgekd.api import Options, check, sweep  # noqa: E402
 from edgekd.console import Console  # noqa: E402
 from edgekd.store import Store  # noqa: E402
 from edgekd.sweep import ALONE, compare  # noqa: E402
@@ -85,9 +85,7 @@ def methods_for(families: tuple[str, str]) -> tuple[list[str], list[str]]:
 
 def trained_teacher(protocol: Protocol, overrides: Sequence[str], home: Store, console: Console) -> tuple[Path, float]:
     """(weights of the protocol's teacher, its accuracy on test), trained once (seed 0) on all labels; its own training in the recipe says how."""
-    from edgekd.recipe import load
-
-    recipe = load(protocol.recipe, overrides).recipe
+    recipe = check(protocol.recipe, overrides, code=protocol.code).recipe
     teacher = recipe.teacher
     if teacher is None or teacher.train is None:
         raise SystemExit(f"{protocol.recipe} trains no teacher")

@@ -46,6 +46,7 @@ class Answers:
         from edgekd.train.answers import About, Writer
         from edgekd.train.compiled import keep_programs_in
         from edgekd.train.loop import Teacher
+        from edgekd.train.memory import kept_memory
 
         config, dataset = settings.typed(self.Config), open_dataset(inputs["data"], ctx)
         keep_programs_in(ctx.store.programs)
@@ -58,7 +59,7 @@ class Answers:
         about = About(classes, config.views, config.samples if config.samples < classes else 0, config.temperature)
         writer = Writer(ctx.work, about, dataset.split("train"), ctx.seed)
         first, saved, started = writer.done, time.monotonic(), time.monotonic()
-        with ctx.console.bar(settings.name, writer.total) as bar, ctx.stop.deferred():
+        with ctx.console.bar(settings.name, writer.total) as bar, ctx.stop.deferred(), kept_memory():
             while writer.done < writer.total:
                 view, positions = writer.rest()
                 for batch in batches(dataset, positions, _BATCH):

@@ -36,6 +36,7 @@ class Tune:
         from edgekd.stages._common import drawn, open_dataset, training_device
         from edgekd.train import tune
         from edgekd.train.compiled import keep_programs_in
+        from edgekd.train.memory import kept_memory
 
         config = settings.typed(self.Config)
         keep_programs_in(ctx.store.programs)
@@ -43,10 +44,11 @@ class Tune:
         images = to_float(torch.from_numpy(dataset.images(drawn(dataset, "train", config.batch_size)))).to(training_device())
         batches = len(dataset.split("train")) // config.batch_size
         sides = {"model": ("student", tune.tune_student), "teacher": ("teacher", tune.tune_teacher)}
-        decision = {
-            side: measured(*load_model(inputs[n]), images, config, batches * config.epochs)
-            for n, (side, measured) in sides.items()
-            if n in inputs
-        }
+        with kept_memory():  # as in training
+            decision = {
+                side: measured(*load_model(inputs[n]), images, config, batches * config.epochs)
+                for n, (side, measured) in sides.items()
+                if n in inputs
+            }
         write_decision(out, decision)
         return {"chosen": {side: str(Speed.of(found)) for side, found in decision.items()}}
