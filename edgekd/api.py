@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from edgekd.recipe import Loaded
     from edgekd.single import Own
     from edgekd.store import Store
+    from edgekd.train.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     from edgekd.context import Context
     from edgekd.lessons import lessons
     from edgekd.plan import build_plan
-    from edgekd.run import decisions_of, execute
+    from edgekd.run import decisions_of, execute, help_with
     from edgekd.store import Store as RealStore
     from edgekd.summary import summarise
     from edgekd.wiring import chosen
 
     started = time.perf_counter()
-    console = console or RealConsole(quiet=True)
+    ranks = _ranks()
+    console = console if console and (ranks is None or ranks.first) else RealConsole(quiet=True)
     store = store or RealStore(warn=console.warn)
     loaded, told = chosen(loaded)
     for line in told:
@@ -110,11 +112,15 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     if (data := loaded.recipe.data) is not None:
         ctx.data_root, ctx.data_workers = data.root, data.workers
     _check_space(plan, ctx)
+    if ranks and not ranks.first:
+        with ctx.stop.installed() if _main_thread() else _nothing():
+            help_with(plan, ctx, ranks)
+        raise SystemExit(0)  # the first process has the result
     with (
         _run_folder(options.out, loaded.name, [t.name for t in plan.targets]) as folder,
         ctx.stop.installed() if _main_thread() else _nothing(),
     ):
-        done = execute(plan, ctx)
+        done = execute(plan, ctx, ranks)
     _copy_bundles(plan, done, folder)
     for line in done.artifacts["data"].meta.get("skipped", {}):
         console.warn(f"left out of the data: {line}")
@@ -131,6 +137,15 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     )
     _write_run(folder, run, decisions_of(plan, done))
     return run
+
+
+def _ranks() -> Ranks | None:
+    """The processes that torchrun started with this one; None where it did not."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    from edgekd.train.ranks import joined  # torch
+
+    return joined()
 
 
 def run_single(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from edgekd.console import Console
     from edgekd.store import Store
+    from edgekd.train.ranks import Ranks
 
 
 class Stop:
@@ -77,3 +78,4 @@ class Context:
     data_root: Path | None = None  # read only where decoded pixels are not kept
     data_workers: int = 2
     allow_download: bool = False
+    ranks: Ranks | None = None  # in a step that several processes under torchrun take together

@@ -8,17 +8,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgekd import registry
 from edgekd.artifact import Artifact, Kind, digest_of
-from edgekd.errors import EdgekdError, InputRefused
+from edgekd.errors import EdgekdError, InputRefused, ResourceError
 from edgekd.plan import Plan, Ref, Step
 from edgekd.safeio.files import resource_errors
 from edgekd.stages._stage import read_decision, write_decision
 
 if TYPE_CHECKING:
     from edgekd.context import Context
+    from edgekd.train.ranks import Ranks
 
 _INSIDE = re.compile(r"(^|, )[\w.-]+\.(?:onnx|ort|engine)$")  # a file without its folder
 
@@ -46,8 +48,11 @@ class Done:
         return str(read_decision(self.artifacts[decision])["chosen"])
 
 
-def execute(plan: Plan, ctx: Context) -> Done:
-    """Runs every step that the store does not hold yet, in order; raises what a stage raises, with everything before it kept."""
+def execute(plan: Plan, ctx: Context, ranks: Ranks | None = None) -> Done:
+    """Runs every step that the store does not hold yet, in order; raises what a stage raises, with everything before it kept.
+
+    ranks: the processes that help in the steps that learn; this is the first of them.
+    """
     done, total = Done(), len(plan.steps)
     for number, step in enumerate(plan.steps, 1):
         ctx.stop.check()
@@ -63,12 +68,29 @@ def execute(plan: Plan, ctx: Context) -> Done:
         if artifact is None:
             ctx.console.say(f"[{number}/{total}] {step.name}")
             started = time.perf_counter()
-            build = partial(_build, step, {n.removesuffix("?"): a for n, a in inputs.items()}, ctx, key, replayed)
+            build = partial(_build, step, {n.removesuffix("?"): a for n, a in inputs.items()}, ctx, key, replayed, ranks)
             with _named(plan, step):
                 artifact = ctx.store.put(key, step.gives, build, recipe=ingredients | {"step": step.name}, inputs=tuple(inputs.values()))
             done.seconds[step.name] = time.perf_counter() - started
         done.artifacts[step.name] = artifact
+    if ranks:
+        ranks.tell(None)
     return done
+
+
+def help_with(plan: Plan, ctx: Context, ranks: Ranks) -> None:
+    """What every process but the first does: it takes part in the steps that learn until there are no more, and keeps nothing."""
+    steps = {step.name: step for step in plan.steps}
+    while (told := ranks.tell()) is not None:
+        name, key, keys = told
+        inputs = {n: artifact for n, k in keys.items() if (artifact := ctx.store.get(k)) is not None}
+        if lost := sorted(keys.keys() - inputs.keys()):
+            raise ResourceError(
+                f"this process does not see the store of the first one: '{lost[0]}' is not in it", where=name, hint="share EDGEKD_HOME"
+            )
+        ctx.work, ctx.ranks = ctx.store.work(key), ranks
+        with TemporaryDirectory() as out:
+            registry.load("stage", steps[name].stage)().run(steps[name].settings, inputs, Path(out), ctx)
 
 
 @contextmanager
@@ -85,13 +107,18 @@ def _named(plan: Plan, step: Step) -> Iterator[None]:
         raise
 
 
-def _build(step: Step, inputs: Mapping[str, Artifact], ctx: Context, key: str, replayed: Any, out: Path) -> dict[str, Any]:
+def _build(
+    step: Step, inputs: Mapping[str, Artifact], ctx: Context, key: str, replayed: Any, ranks: Ranks | None, out: Path
+) -> dict[str, Any]:
     """What the store calls to build one entry."""
     if replayed is not None:
         write_decision(out, replayed)
         return {"replayed": True, "step": step.name, **{k: replayed[k] for k in ("verdict", "reason") if k in replayed}}
     stage = registry.load("stage", step.stage)()
     ctx.work = ctx.store.work(key)
+    ctx.ranks = ranks if getattr(stage, "together", False) else None
+    if ctx.ranks:
+        ctx.ranks.tell((step.name, key, {n: a.key for n, a in inputs.items()}))
     started = time.perf_counter()
     with resource_errors(out):
         meta: dict[str, Any] = stage.run(step.settings, inputs, out, ctx)

@@ -40,6 +40,7 @@ class Distill:
     method_kind = "distill"
     method_field = "method"
     default_method = "kd"
+    together = True  # by all processes under torchrun
     compresses = False
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Train:
     method_kind = None
     method_field = "method"
     default_method = None
+    together = True  # by all processes under torchrun
     compresses = False
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from edgekd.train.distiller import Batch, Outputs
 from edgekd.train.evaluate import logits_of
 from edgekd.train.memory import kept_memory
 from edgekd.train.optim import Average, Dot, learning_rate, make_optimizer
+from edgekd.train.ranks import WholeBatchNorm
 from edgekd.train.speed import Speed
 from edgekd.train.views import View
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from edgekd.train.answers import Answers
     from edgekd.train.black_box import BlackBox
     from edgekd.train.distiller import Distiller
+    from edgekd.train.ranks import Ranks
 
 _CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = 10.0, 0.02  # at least so far apart, and at most this part of the time
 
@@ -112,7 +114,7 @@ def fit(job: Job, ctx: Context) -> Trained:
 
     Raises TrainingDiverged for a term that is not finite, Interrupted after a signal (checkpointed).
     """
-    run = _Run(job)
+    run = _Run(job, ctx.ranks)
     elsewhere = run.resume()
     if elsewhere:
         ctx.console.warn(
@@ -129,6 +131,8 @@ def fit(job: Job, ctx: Context) -> Trained:
             if now - shown > job.cfg.log_seconds:
                 rate, shown = (run.step - first) * job.cfg.batch_size / (now - started), now
                 bar.update(run.step, **{n: f"{v:.3f}" for n, v in terms.items()}, rate=f"{rate:.0f}/s")
+            if run.ranks:
+                ctx.stop.code = run.ranks.most(ctx.stop.code or 0) or None  # all stop after the same step
             if ctx.stop.code is not None or now - saved > pause:
                 run.save()
                 saved = time.monotonic()
@@ -152,21 +156,26 @@ def reproducible(device: str) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-def _environment(device: str) -> dict[str, str]:
+def _environment(device: str, ranks: Ranks | None) -> dict[str, str]:
     """What byte-identical results depend on beside the key of the step."""
     return {
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "device": device,
+        "processes": str(ranks.size if ranks else 1),
     }
 
 
 class _Run:
     """The state of one training: built from the job, overwritten by a checkpoint."""
 
-    def __init__(self, job: Job):
-        self.job, cfg = job, job.cfg
+    def __init__(self, job: Job, ranks: Ranks | None = None):
+        self.job, cfg, self.ranks = job, job.cfg, ranks
+        if self.ranks:  # the statistics of batch norm are not in a compiled program
+            job.speed = replace(job.speed, compiled=False)
+            if isinstance(job.teacher, Teacher):
+                job.teacher.speed = replace(job.teacher.speed, compiled=False)
         layout = torch.channels_last if job.speed.channels_last else torch.contiguous_format
         self.model = job.model.to(job.device, memory_format=layout).train()  # type: ignore[call-overload]
         run = job.tapped or self.model
@@ -197,9 +206,8 @@ class _Run:
 
     def train_step(self, positions: NDArray[np.int64], images: Tensor) -> dict[str, float]:
         """One batch: loss terms, backward, and the optimizer where a group of `accumulate` ends."""
-        job, cfg = self.job, self.job.cfg
+        cfg = self.job.cfg
         epoch = self.step // self.per_epoch
-        torch.manual_seed(seed_of(job.seed, "step", self.step))  # dropout and drop-path of this step
         terms = self._terms(positions, images, epoch)
         values = self._checked(terms)
         self._backward(terms)
@@ -229,14 +237,27 @@ class _Run:
         mixed = mix_batch(pixels, cfg.augment, seed=job.seed, step=self.step)
         if mixed is not None:
             pixels, target = mixed.images, job.task.mix(target, target[mixed.partner], mixed.share, classes)
-        with torch.autocast(torch.device(job.device).type, torch.bfloat16, enabled=job.speed.autocast):
-            seen = self.forward(self.view(pixels))
-        student = Outputs.of(*(seen if job.tapped else (seen,)))
+        part = self.ranks.share(len(pixels)) if self.ranks else slice(None)
+        student = self._whole(self._student(pixels[part]))
         terms = {"label": job.label_weight * job.task.label_loss(student.logits, target, cfg.label_smoothing)}
         if job.distiller is not None and job.teacher is not None:
-            progress, self.answer = self.step / max(self.total - 1, 1), job.teacher(pixels, index, epoch)
+            progress, self.answer = self.step / max(self.total - 1, 1), self._whole(job.teacher(pixels[part], index[part], epoch))
             terms |= job.distiller.terms(Batch(student, self.answer, target, index, progress))
         return terms
+
+    def _student(self, pixels: Tensor) -> Outputs:
+        """What the student gives; dropout and drop-path are those of the step, and of the process."""
+        job, seed = self.job, seed_of(self.job.seed, "step", self.step)
+        torch.manual_seed(seed + (self.ranks.rank if self.ranks else 0))
+        whole = WholeBatchNorm(self.ranks.size) if self.ranks else nullcontext()
+        with torch.autocast(torch.device(job.device).type, torch.bfloat16, enabled=job.speed.autocast), whole:
+            seen = self.forward(self.view(pixels))
+        if self.ranks:
+            torch.manual_seed(seed)  # what a loss draws is the same everywhere
+        return Outputs.of(*(seen if job.tapped else (seen,)))
+
+    def _whole(self, part: Outputs) -> Outputs:
+        return self.ranks.whole(part) if self.ranks else part
 
     def _checked(self, terms: dict[str, Tensor]) -> dict[str, float]:
         values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
@@ -266,6 +287,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         dot = self.optimizer if isinstance(self.optimizer, Dot) else None
+        if self.ranks:
+            held = [p.grad for p in self.trained.parameters() if p.grad is not None]
+            self.ranks.average(held + (dot.task_gradients() if dot else []))
         gradients = dot.gradients() if dot else [p.grad for p in self.trained.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not _finite(float(norm)):  # before the optimizer, so that weights, checkpoints and results stay finite
@@ -328,7 +352,9 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def save(self) -> None:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on; of several processes, the first one's is everyone's."""
+        if self.ranks and not self.ranks.first:
+            return
         state = {
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -338,7 +364,7 @@ class _Run:
             "curves": self.curves,
             "best": self.best,
             "sums": self.sums,
-            "environment": _environment(self.job.device),
+            "environment": _environment(self.job.device, self.ranks),
             "elsewhere": self.elsewhere,
         }
         checkpoint.save(self.job.work, state)
@@ -348,7 +374,7 @@ class _Run:
         state = checkpoint.load(self.job.work)
         if state is None:
             return ""
-        here = _environment(self.job.device)
+        here = _environment(self.job.device, self.ranks)
         found = ", ".join(f"{n} {v}, here {here.get(n)}" for n, v in state.get("environment", {}).items() if here.get(n) != v)
         self.elsewhere = found or state.get("elsewhere", "")
         self.trained.load_state_dict(state["trained"])

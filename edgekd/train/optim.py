@@ -50,6 +50,10 @@ class Dot(Optimizer):
                 held = self.state[p].get("task")
                 self.state[p]["task"] = gradient.detach().clone() if held is None else held + gradient
 
+    def task_gradients(self) -> list[Tensor]:
+        """Of the label loss, a parameter each that has one."""
+        return [held for p in self.parameters if (held := self.state[p].get("task")) is not None]
+
     def gradients(self) -> list[Tensor]:
         """Of the sum of all terms, a parameter each that has one."""
         sums = []
