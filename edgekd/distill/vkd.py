@@ -4,7 +4,8 @@ When: a CNN teaches a transformer (the source's case), or any pair whose feature
 forward pass of the teacher and one matrix, dropped after training.
 Source: Miles et al. 2024, "V_kD: Improving Knowledge Distillation using Orthogonal Projections" (arXiv 2403.06213), and the authors' code: torch's orthogonal
 parametrization, layer norm without weights on the teacher's side, smooth L1, and KL at temperature 1 on the logits. Here the student's own logits take the place
-of a distillation token's.
+of a distillation token's, and Cayley's map that of torch's default: the same matrices, on another path, and for a teacher of 2048 channels a step of the
+matrix takes 1.5 s of one core where Householder reflections and the matrix exponential both take half a minute.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class VKD:
         from torch.nn.utils.parametrizations import orthogonal
 
         self.taps = student.taps[-1], teacher.taps[-1]
-        self.project = orthogonal(nn.Linear(self.taps[0].channels, self.taps[1].channels, bias=False))
+        self.project = orthogonal(nn.Linear(self.taps[0].channels, self.taps[1].channels, bias=False), orthogonal_map="cayley")
         return self.project
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -63,7 +64,7 @@ class VKD:
         if self.taps is None or self.project is None:
             raise RuntimeError("setup comes first")
         mine, its = (patch_tokens(side.taps[-1], tap).mean(1) for side, tap in zip((batch.student, batch.teacher), self.taps, strict=True))
-        with torch.autocast(mine.device.type, enabled=False):  # the exponential of a matrix is not written for bf16
+        with torch.autocast(mine.device.type, enabled=False):  # solving equations is not written for bf16
             projected = self.project(mine.float())
         kd = kd_loss(batch.student.logits, batch.teacher.logits, 1.0)
         return {"vkd": self.config.weight * vkd_loss(projected, its.float()), "logits": self.config.logit_weight * kd}

@@ -605,7 +605,7 @@ def test_a_resume_in_another_environment_is_said_and_kept_in_the_result(
 ) -> None:
     with pytest.raises(Interrupted):
         fit(make_job(dataset, tmp_path, settings(epochs=2)), stop_after(2))
-    monkeypatch.setattr("edgekd.train.loop._environment", lambda device: {"torch": "9.9", "threads": "64"})
+    monkeypatch.setattr("edgekd.train.loop._environment", lambda device, _ranks: {"torch": "9.9", "threads": "64"})
     trained = fit(make_job(dataset, tmp_path, settings(epochs=2)), context())
     assert "here 9.9" in trained.elsewhere
     assert fit(make_job(dataset, tmp_path / "fresh", settings(epochs=1)), context()).elsewhere == ""
