@@ -296,7 +296,7 @@ def wire(
         columns = [c for c in found[rows][0] if c not in ("mean", "std")]
         console.table(found[rows], columns)
         console.data("")
-    console.data("# the same in full, to take the place of `stages:` in the recipe\n" + found["yaml"])
+    console.data("# the same in full, to take the place of these sections in the recipe\n" + found["yaml"])
 
 
 # ------------------------------------------------------------------------------------------------------------ single stages

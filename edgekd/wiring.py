@@ -53,6 +53,11 @@ class Pair:
         return self._build(self.loaded.recipe.teacher)
 
     @cached_property
+    def assistant(self) -> tuple[nn.Module, ModelSpec] | None:
+        between = self.loaded.recipe.assistant
+        return None if between is None else self._build(between)
+
+    @cached_property
     def sides(self) -> tuple[Side, Side]:
         """Student and teacher with their stages."""
         from edgekd.train.pair import side  # torch
@@ -61,7 +66,8 @@ class Pair:
 
     @cached_property
     def facts(self) -> Facts:
-        return facts_of(*self.sides, smoothing_of(self.loaded.recipe))
+        recipe = self.loaded.recipe
+        return facts_of(*self.sides, smoothing_of(recipe), assisted=recipe.assistant is not None)
 
     @property
     def advice(self) -> Advice:
@@ -112,7 +118,14 @@ def wire(loaded: Loaded, *, classes: int | None = None, step: str | None = None)
     if step is not None and step not in names:
         raise UsageError(f"there is no distill stage '{step}'{suggest(step, names)}", where="--step")
     pair = pair_of(loaded, classes)
-    stages, terms, notes, warnings = [], [], [], []
+    notes, between = [], {}
+    if assistant.is_auto(loaded):
+        loaded, why = assistant.settled(loaded, pair)
+        pair = replace(pair, loaded=loaded)
+        notes.append({"step": "assistant", "method": "auto", "why": why.removeprefix("assistant: ")})
+    if loaded.recipe.assistant is not None:
+        between = {"assistant": loaded.recipe.assistant.model_dump(mode="json", exclude_unset=True)}
+    stages, terms, warnings = [], [], []
     for kind, settings in loaded.stages:
         asked = kind == "distill" and step in (None, settings.name)
         if asked:
@@ -129,7 +142,7 @@ def wire(loaded: Loaded, *, classes: int | None = None, step: str | None = None)
         "terms": terms,
         "methods": notes,
         "warnings": warnings,
-        "yaml": _yaml(stages, notes),
+        "yaml": _yaml(between | {"stages": stages}, notes),
     }
 
 
@@ -191,10 +204,14 @@ def _words(places: Iterable[Place], side: Side) -> str:
 
 def _models(pair: Pair) -> list[dict[str, Any]]:
     facts = pair.facts
-    rows = (
-        ("teacher", pair.teacher[1], facts.teacher, facts.teacher_parameters),
-        ("student", pair.student[1], facts.student, facts.student_parameters),
-    )
+    rows = [("teacher", pair.teacher[1], facts.teacher, facts.teacher_parameters)]
+    if pair.assistant is not None:
+        from edgekd.models.taps import family
+        from edgekd.train.pair import side
+
+        known = side(*pair.assistant)
+        rows.append(("assistant", pair.assistant[1], family(known.taps, known.model), sum(p.numel() for p in known.model.parameters())))
+    rows.append(("student", pair.student[1], facts.student, facts.student_parameters))
     return [
         {"model": name, "arch": spec.arch, "family": family, "parameters": size, "classes": spec.num_classes, "input": spec.image_size}
         | {"mean": list(spec.mean), "std": list(spec.std)}
@@ -238,8 +255,8 @@ def _body(kind: str, settings: Settings, *, full: bool) -> dict[str, Any]:
     return body | {stage.method_field: named} | method | written
 
 
-def _yaml(stages: list[dict[str, Any]], notes: list[dict[str, Any]]) -> str:
-    """The section with its reasons as comments."""
+def _yaml(sections: dict[str, Any], notes: list[dict[str, Any]]) -> str:
+    """The sections with their reasons as comments."""
     comments = [f"# {n['step']}: {n['method']}: {n['why']}" for n in notes]
-    text: str = yaml.safe_dump({"stages": stages}, sort_keys=False, default_flow_style=None, width=_WIDTH, allow_unicode=True)
+    text: str = yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=_WIDTH, allow_unicode=True)
     return "\n".join([*comments, text.rstrip()])

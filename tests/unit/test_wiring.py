@@ -216,6 +216,17 @@ def test_what_is_printed_can_be_pasted_and_is_what_was_proposed(recipe: Any, met
     assert after[0][1].config == before[0][1].config
 
 
+def test_what_an_assistant_stands_for_is_shown_and_can_be_pasted(recipe: Any) -> None:
+    found = run_here("wire", "distill/assistant", "--json").json()
+    sizes = {m["model"]: m["parameters"] for m in found["models"]}
+    assert sizes["student"] < sizes["assistant"] < sizes["teacher"]
+    assert found["warnings"] == [], "the gap is what the assistant is there for"
+    path = Path(recipe("{method: kd}"))
+    path.write_text(path.read_text().partition("stages:")[0] + found["yaml"] + "\n")
+    assert run_here("check", str(path)).code == 0
+    assert load(str(path)).recipe.assistant == chosen(load("distill/assistant"))[0].recipe.assistant
+
+
 def test_a_pasted_pair_of_stages_may_be_edited(recipe: Any) -> None:
     found = wire(recipe("{method: at, stages: [[3, 2], [2, 2]]}", teacher=CNN, student=CNN), step="distill")
     assert [(r["student"], r["teacher"]) for r in found["terms"]] == [("stage 3", "stage 2"), ("stage 2", "stage 2")]
