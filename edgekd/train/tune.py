@@ -138,8 +138,10 @@ def _choose(config: SpeedConfig, prepare: Callable[[Speed], Step], device: torch
                 both = _measured(again, device)
                 cost |= {fused: both[fused]}
                 saved = (both[chosen] - both[fused]) * steps
-                if both[fused] >= _GAIN * both[chosen] or saved < _REPAID * spent:
-                    out[str(fused)] = f"compiling takes {spent:.0f} s and saves {max(saved, 0):.0f} s"
+                if both[fused] >= _GAIN * both[chosen]:
+                    out[str(fused)] = f"a step takes {both[fused] / both[chosen]:.0%} of the time"
+                elif saved < _REPAID * spent:
+                    out[str(fused)] = f"compiling takes {spent:.0f} s and saves {saved:.0f} s"
                 else:
                     chosen = fused
             torch.compiler.reset()  # the training compiles again, from the programs that are kept, with its own taps
