@@ -157,7 +157,7 @@ def test_more_epochs_of_distillation_leave_the_teacher_s_steps_cached(quickstart
     steps = run_here("plan", *quickstart_home.args, "-o", "distill.epochs=2", "--json").json()
     state = {s["step"]: s["state"] for s in steps}
     kept = {name for name, s in state.items() if s == "cached"}
-    assert kept == {n for n in state if n.startswith("teacher")} | {"data", "student", "preflight", "distill.speed"}
+    assert kept == {n for n in state if n.startswith("teacher")} | {"data", "student", "preflight"}  # a longer training may repay compiling
     assert state["distill"] == "run"
 
 

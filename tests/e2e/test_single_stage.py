@@ -142,7 +142,7 @@ def test_a_quantize_that_costs_accuracy_is_rolled_back_with_its_reason(
 ) -> None:
     from edgekd.stages import gate
 
-    monkeypatch.setattr(gate, "paired_drop", lambda *_: (0.5, (0.4, 0.6)))
+    monkeypatch.setattr(gate, "drop_of", lambda *_: (0.5, (0.4, 0.6)))
     monkeypatch.setenv("EDGEKD_HOME", str(tmp_path / "home"))  # the faked verdict stays out of the shared store
     one = ("-o", "targets.host.backend=onnxruntime")  # of several runtimes a race chooses: test_targets.py
     result = single("quantize", bundle_of(exported) / "model.onnx", photos, tmp_path / "run", *one)
