@@ -1,8 +1,10 @@
-"""What a training step of each distiller costs: `python tools/bench_costs.py [--blocks N] [--steps N]`; writes edgekd/distill/costs.json, which `edgekd methods show` reads.
+"""What a training step of each distiller costs: `python tools/bench_costs.py [--blocks N] [--steps N] [--methods NAME ...]`;
+writes edgekd/distill/costs.json, which `edgekd methods show` reads.
 
 Pairs at 224 x 224, batch 8, ten classes, untrained, the teacher running in every step: ResNet-50 to ResNet-18, ResNet-50 to ViT-tiny, ViT-small to
 MobileNetV3-small. Our loop in fp32, one thread; blocks of steps of all methods are interleaved, and the figures are of the fastest block of each,
-relative to the student alone. What a method does once a step whatever the batch, such as making vkd's matrix orthogonal, weighs less in larger batches.
+relative to the student alone. `--methods` measures some and leaves the others' figures as they are.
+What a method does once a step whatever the batch, such as making vkd's matrix orthogonal, weighs less in larger batches.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,12 +54,12 @@ def steps(pair: Pair, dataset: Dataset, work: Path, method: str) -> Iterator[flo
     return timed(_Run(job))
 
 
-def measure(pair: Pair, folder: Path, blocks: int, count: int) -> dict[str, float | None]:
+def measure(pair: Pair, folder: Path, methods: Sequence[str], blocks: int, count: int) -> dict[str, float | None]:
     """Times of a step relative to the student alone; None for a method that refuses the pair."""
     dataset = opened(folder / "on", images(folder, pair.size, 8 * pair.batch), pair.size, "on")
     running: dict[str, Iterator[float]] = {}
     refused = []
-    for name in (ALONE, *(n for n in registry.names("distill") if n != "combined")):
+    for name in (ALONE, *methods):
         try:
             running[name] = steps(pair, dataset, folder, name)
         except UsageError:
@@ -74,12 +76,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1)
+    every = [n for n in registry.names("distill") if n != "combined"]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    before = json.loads(COSTS.read_text())["pairs"] if args.methods != every else {}
     found = {}
     for name, pair in PAIRS.items():
         with kept_memory(), tempfile.TemporaryDirectory() as folder:
-            found[name] = {"models": f"{pair.teacher} to {pair.student}"} | {"times": measure(pair, Path(folder), args.blocks, args.steps)}
+            times = measure(pair, Path(folder), args.methods, args.blocks, args.steps)
+            found[name] = {"models": f"{pair.teacher} to {pair.student}", "times": before.get(name, {}).get("times", {}) | times}
         print(name, json.dumps(found[name]), flush=True)
     how = f"a training step against the student alone, with the teacher running in it, 224 x 224, batch 8, {CLASSES} classes, fp32 on one CPU thread, torch {torch.__version__}"
     COSTS.write_text(json.dumps({"measured": how, "by": "tools/bench_costs.py", "pairs": found}, indent=1) + "\n", encoding="utf-8")
