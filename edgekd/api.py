@@ -110,7 +110,7 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     ctx = Context(store, console, loaded.recipe.seed, replay=read_decisions(options.replay))
     ctx.allow_download = options.allow_download
     if (data := loaded.recipe.data) is not None:
-        ctx.data_root, ctx.data_workers = data.root, data.workers
+        ctx.data_root, ctx.data_workers = data.root, getattr(data, "workers", 0)
     _check_space(plan, ctx)
     if ranks and not ranks.first:
         with ctx.stop.installed() if _main_thread() else _nothing():
@@ -200,7 +200,7 @@ def sweep(
             ctx = Context(store, console, loaded.recipe.seed)
             ctx.allow_download = options.allow_download
             if (data := loaded.recipe.data) is not None:
-                ctx.data_root, ctx.data_workers = data.root, data.workers
+                ctx.data_root, ctx.data_workers = data.root, getattr(data, "workers", 0)
             try:
                 with ctx.stop.installed() if _main_thread() else _nothing():
                     rows += run_cell(cell, loaded, ctx, until, test=test, gate=options.gate)

@@ -21,20 +21,23 @@ from edgekd.artifact import Artifact, Kind, Manifest, digest_of
 from edgekd.backends import Backend
 from edgekd.config import Config, key_fields
 from edgekd.data.config import AugmentConfig, DataConfig
+from edgekd.data.graphs import fingerprint
 from edgekd.data.index import judged_by_labels, scan
+from edgekd.data.nodes_config import NodesConfig
 from edgekd.errors import BackendError, DeviceError, RecipeError
 from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
-from edgekd.recipe import Loaded, TargetConfig, TeacherConfig, smoothing_of
+from edgekd.recipe import Loaded, NodeRecipe, TargetConfig, TeacherConfig, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
 from edgekd.train.speed import SpeedConfig
 
 STORE_VERSION = 1
 HOST = "host"
-_LEARNS = ("train", "distill")
+_LEARNS = ("train", "distill", "train_nodes", "distill_nodes")
+_IMITATES = ("distill", "distill_nodes", "quantize_train")
 _FROM_LOGITS = frozenset({"logits", "labels"})
 
 
@@ -249,8 +252,10 @@ class _Planner:
     def __init__(self, loaded: Loaded, gate: bool, cache_dir: Path | None):
         self.loaded, self.recipe, self.gate, self.cache_dir = loaded, loaded.recipe, gate, cache_dir
         self.plan = Plan(loaded)
-        unlabelled = self.recipe.data is not None and self.recipe.data.labels == "none"
+        self.of_nodes = isinstance(self.recipe, NodeRecipe)
+        unlabelled = self.recipe.data is not None and not self.of_nodes and self.recipe.data.labels == "none"
         self.images = "data.images" if unlabelled else "data"  # the step before a teacher labels them
+        self.said = "teacher"  # the step that has a teacher's answers, where only these are learned from
         self.imitates = False  # True: not even val and test have labels
         self.unrounded: dict[str, Ref] = {}  # quantized graph -> the one that it was made from, in fp32
 
@@ -258,7 +263,8 @@ class _Planner:
         self.plan.targets = [_target(name, config) for name, config in self.recipe.targets.items()]
         self.plan.judge = _judge(self.plan.targets[0])
         if self.recipe.data is not None:
-            self._add(self.images, "data", self.recipe.data, {}, facts=self._dataset(self.recipe.data), user=True)
+            reads = "nodes" if self.of_nodes else "data"
+            self._add(self.images, reads, self.recipe.data, {}, facts=self._dataset(self.recipe.data), user=True)
         else:
             self._add("data", "samples", self.recipe.samples, {}, user=True)
             self._settle_runtimes()
@@ -291,8 +297,10 @@ class _Planner:
         config: Config = registry.load("stage", stage).Config(**values)
         return config
 
-    def _dataset(self, data: DataConfig) -> dict[str, Any]:
+    def _dataset(self, data: DataConfig | NodesConfig) -> dict[str, Any]:
         """What is in the dataset, and the code that reads it."""
+        if isinstance(data, NodesConfig):
+            return {"index": fingerprint(data), "source": _sha(registry.source_of("graph", data.format))}
         index = scan(data, cache_dir=self.cache_dir)
         self.imitates = data.labels == "none" and not judged_by_labels(index)
         if self.imitates:
@@ -389,15 +397,18 @@ class _Planner:
             self.plan.graphs["teacher"] = name
             return {"black_box?": name}
         if teacher.predictions is not None:
-            config = self._config("read_predictions", **{n: getattr(teacher, n) for n in ("predictions", "outputs", "classes")})
-            return {
-                "answers?": self._add("teacher", "read_predictions", config, {"data": self.images}, facts=_file_facts(teacher.predictions))
-            }
+            own = "calibrated" if self.of_nodes else "classes"
+            reads = "read_node_predictions" if self.of_nodes else "read_predictions"
+            config = self._config(reads, **{n: getattr(teacher, n) for n in ("predictions", "outputs", own)})
+            return {"answers?": self._add("teacher", reads, config, {"data": self.images}, facts=_file_facts(teacher.predictions))}
         name = "teacher.init" if teacher.train is not None else "teacher"
         return {"teacher?": self._add(name, "init", _as_model(teacher), {"data": self.images}, facts=_model_facts(teacher))}
 
     def _teacher(self) -> None:
         teacher = self.recipe.teacher
+        if teacher is not None and self.of_nodes and teacher.arch is not None:
+            self._graph_teacher(teacher)
+            return
         if teacher is not None and teacher.train is not None:
             self._learn("teacher", "train", Settings("teacher", teacher.train), "teacher.init")
         if teacher is not None and teacher.predictions is not None:
@@ -409,6 +420,17 @@ class _Planner:
         self._label({"engine?": "teacher.engine"})
         self._measured("teacher", graph)
 
+    def _graph_teacher(self, teacher: TeacherConfig) -> None:
+        """A teacher that looks at neighbours has no engine: it is asked about every node once, and its answers are what is learned from and judged."""
+        if teacher.train is not None:
+            self._learn("teacher", "train_nodes", Settings("teacher", teacher.train), "teacher.init")
+        methods = [registry.load("graph_distill", str(s.method)) for k, s in self.loaded.stages if k == "distill_nodes"]
+        config = self._config(
+            "answer_nodes", calibrated=getattr(teacher, "calibrated", True), noise=any("noise" in m.needs for m in methods)
+        )
+        self.said = self._add("teacher.answers", "answer_nodes", config, {"model": "teacher", "data": "data"})
+        self.plan.metrics["teacher"] = self._judged("val")
+
     def _label(self, said: dict[str, Ref]) -> None:
         """Where there are no labels, what the teacher says stands for them from here on."""
         if self.images != "data":
@@ -418,7 +440,7 @@ class _Planner:
         """The step that reads a teacher's predictions on one split."""
         config = self._config("evaluate_predictions", split=split, above_chance=split == "val" and self.gate)
         return self._add(
-            f"teacher.{split}", "evaluate_predictions", config, {"answers": "teacher", "data": "data"}, facts=self._task() | _here()
+            f"teacher.{split}", "evaluate_predictions", config, {"answers": self.said, "data": "data"}, facts=self._task() | _here()
         )
 
     def _taught(self) -> dict[str, Ref]:
@@ -426,6 +448,8 @@ class _Planner:
         teacher = self.recipe.teacher
         if teacher is None:
             return {}
+        if self.of_nodes:
+            return {"answers?": self.said}
         return {"answers?" if teacher.predictions is not None else "black_box?" if teacher.onnx is not None else "teacher?": "teacher"}
 
     def _learn(
@@ -440,7 +464,7 @@ class _Planner:
         user: bool = True,
     ) -> str:
         inputs: dict[str, Ref] = {"model": model, "data": "data"}
-        if stage in ("distill", "quantize_train"):
+        if stage in _IMITATES:
             inputs |= self._taught() if taught is None else taught
         config = settings.config
         if isinstance(config, TrainConfig) and (how := _speed(stage, config)).open:
@@ -449,7 +473,7 @@ class _Planner:
             if "teacher?" in inputs and not self._can_be_kept(stage, settings, config):
                 tuned["teacher?"] = inputs["teacher?"]
             inputs["speed?"] = self._add(f"{name}.speed", "tune", asked, tuned, facts=_here(), unless=unless)
-        if "answers?" in inputs and _augments(settings.typed(TrainConfig).augment):
+        if isinstance(config, TrainConfig) and "answers?" in inputs and _augments(settings.typed(TrainConfig).augment):
             self.plan.notes.append(
                 f"{name}: its images are augmented and the teacher's predictions are of the images as they are; where that costs, "
                 f"augment less, or give the teacher itself as ONNX"
@@ -795,8 +819,9 @@ class _Planner:
         if not learns:
             return
         config = learns[0][1].config
-        plain = TrainConfig(**{n: getattr(config, n) for n in TrainConfig.model_fields})
-        alone = self._learn("student alone", "train", Settings("student alone", plain), "student", user=False)
+        plain = config if self.of_nodes else TrainConfig(**{n: getattr(config, n) for n in TrainConfig.model_fields})
+        stage = "train_nodes" if self.of_nodes else "train"
+        alone = self._learn("student alone", stage, Settings("student alone", plain), "student", user=False)
         self._measured("student alone", self._export("student alone", alone))
         self._tested("student alone")
         self.plan.baselines.append("student alone")

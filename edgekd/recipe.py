@@ -17,15 +17,16 @@ from edgekd import registry
 from edgekd.budget import Budget
 from edgekd.config import Config, no_key
 from edgekd.data.config import DataConfig, SamplesConfig
+from edgekd.data.nodes_config import NodesConfig
 from edgekd.errors import EdgekdError, FileMissing, InputRefused, RecipeError, UnknownName, UsageError, suggest
 from edgekd.models.names import check_architecture
-from edgekd.models.spec import ModelConfig
+from edgekd.models.spec import ModelConfig, NodeModelConfig
 from edgekd.profile.host import HOST
 from edgekd.safeio import yaml
 from edgekd.safeio.files import contained
 from edgekd.shipped import shipped_dir
 from edgekd.stages._stage import Settings
-from edgekd.train.config import TrainConfig
+from edgekd.train.config import NodeTrainConfig, TrainConfig
 from edgekd.train.distiller import DistillConfig, black_box_lack
 
 Path_ = tuple[str | int, ...]
@@ -35,6 +36,7 @@ _RESERVED = ("student", "preflight", "shipped")  # steps and engines that every 
 _LISTED = re.compile(rb"^    user = True$", re.MULTILINE)
 _PATH_FIELDS = {
     ("data", "root"),
+    ("data", "split", "file"),
     ("teacher", "weights"),
     ("assistant", "weights"),
     ("model", "weights"),
@@ -57,6 +59,25 @@ class TeacherConfig(ModelConfig):
     def name(self) -> str:
         """What reports call it."""
         return self.arch or Path(str(self.onnx or self.predictions)).name
+
+    @property
+    def black_box(self) -> bool:
+        """Whether only its outputs are known."""
+        return self.arch is None
+
+
+class NodeTeacherConfig(NodeModelConfig):
+    """The model of a graph that is imitated: an architecture with given weights, trained here, or both; or a file of what it says to each node."""
+
+    train: NodeTrainConfig | None = Field(None, description="train the teacher with these settings")
+    predictions: Path | None = no_key(None, "a file of what it says to each node, .npz or .csv")
+    outputs: Literal["auto", "logits", "probabilities"] = Field("auto", description="predictions: what they are; auto: as the numbers say")
+    calibrated: bool = Field(True, description="divide its logits by the temperature that fits val, and refuse it where it stays flat")
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.arch or Path(str(self.predictions)).name
 
     @property
     def black_box(self) -> bool:
@@ -106,6 +127,16 @@ class Recipe(Config):
     targets: dict[str, TargetConfig] = Field(default_factory=lambda: {"host": TargetConfig()})
     baselines: tuple[Literal["student"], ...] = ()
     accept: Accept = Field(default_factory=Accept)
+
+
+class NodeRecipe(Recipe):
+    """A recipe of a task whose samples are the nodes of a graph."""
+
+    data: NodesConfig | None = None  # type: ignore[assignment]
+    samples: None = None
+    teacher: NodeTeacherConfig | None = None  # type: ignore[assignment]
+    assistant: None = None
+    model: NodeModelConfig
 
 
 @dataclass(frozen=True)
@@ -340,12 +371,16 @@ def _validate(name: str, tree: _Tree) -> Loaded:
     problems: list[str] = []
     value = dict(tree.value)
     raw_stages = value.pop("stages", [])
-    recipe = _model(Recipe, value, tree.marks, (), problems, extra_names={"stages", "extends", "set"})
-    stages = _stages(raw_stages, tree.marks, problems)
+    task = _task(value)
+    of_nodes = getattr(task, "samples", "images") == "nodes"
+    recipe = _model(NodeRecipe if of_nodes else Recipe, value, tree.marks, (), problems, extra_names={"stages", "extends", "set"})
+    stages = _stages(raw_stages, tree.marks, problems, getattr(task, "learns", {}))
     report = _reporter(tree.marks, problems)
-    _check_names(value, report)
+    _check_names(value, report, of_nodes=of_nodes)
     filled: dict[str, str] = {}
-    if recipe is not None:
+    if recipe is not None and of_nodes:
+        _check_nodes(recipe, stages, report)
+    elif recipe is not None:
         if recipe.data is not None and recipe.data.labels == "none":
             _check_unlabelled(recipe, stages, report)
             recipe, stages, filled = _without_labels(recipe, stages)
@@ -358,7 +393,14 @@ def _validate(name: str, tree: _Tree) -> Loaded:
     return Loaded(name, recipe, tuple(stages), _stage_sources(sources, tree.value) | filled)
 
 
-def _stages(raw: Any, marks: Mapping[Path_, str], problems: list[str]) -> list[tuple[str, Settings]]:
+def _task(value: Mapping[str, Any]) -> Any:
+    """The class of the task that a recipe names, or None."""
+    name = value.get("task", Recipe.model_fields["task"].default)
+    return registry.load("task", name) if isinstance(name, str) and name in registry.names("task") else None
+
+
+def _stages(raw: Any, marks: Mapping[Path_, str], problems: list[str], learns: Mapping[str, str]) -> list[tuple[str, Settings]]:
+    """(stage, settings) of each; `learns` says which stage does what a recipe lists for the samples of its task."""
     out: list[tuple[str, Settings]] = []
     if not isinstance(raw, list):
         problems.append(f"{marks.get(('stages',), 'recipe:1:1')}: stages: expected a list of stages, each `- kind: {{settings}}`")
@@ -378,12 +420,12 @@ def _stages(raw: Any, marks: Mapping[Path_, str], problems: list[str]) -> list[t
         elif not isinstance(body, dict | None):
             problems.append(f"{where}: {kind}: expected settings, got {body!r}")
         else:
-            settings = _stage(kind, dict(body or {}), at, marks, problems)
+            settings = _stage(kind, dict(body or {}), at, marks, problems, learns.get(kind, kind))
             if settings and settings.name in taken:
                 problems.append(f"{where}: two things are named '{settings.name}'; give this stage another: name: NAME")
             elif settings:
                 taken.add(settings.name)
-                out.append((kind, settings))
+                out.append((learns.get(kind, kind), settings))
     return out
 
 
@@ -392,8 +434,9 @@ def user_stages() -> list[str]:
     return [name for name in registry.names("stage") if _LISTED.search(registry.source_of("stage", name))]
 
 
-def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str], problems: list[str]) -> Settings | None:
-    stage = registry.load("stage", kind)
+def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str], problems: list[str], does: str) -> Settings | None:
+    """The settings of a stage that the recipe calls `kind`, and the stage `does` carries out."""
+    stage = registry.load("stage", does)
     name = body.pop("name", kind)
     where = marks.get(at, "recipe:1:1")
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", name):
@@ -404,9 +447,9 @@ def _stage(kind: str, body: dict[str, Any], at: Path_, marks: Mapping[Path_, str
         field_ = stage.method_field
         method = body.pop(field_, stage.default_method)
         spot = marks.get((*at, field_), where)
-        if kind == "distill" and isinstance(method, list):
+        if does == "distill" and isinstance(method, list):
             method, body["methods"] = "combined", method
-        auto = kind == "distill" and method == AUTO
+        auto = does == "distill" and method == AUTO
         if not auto and (not isinstance(method, str) or method not in registry.names(stage.method_kind)):
             what = f"unknown {field_} '{method}'{suggest(method, registry.names(stage.method_kind))}" if method else f"{field_}: missing"
             problems.append(f"{spot}: {name}.{what}" if not method else f"{spot}: {what}")
@@ -492,7 +535,7 @@ def _reporter(marks: Mapping[Path_, str], problems: list[str]) -> Report:
     return bad
 
 
-def _check_names(value: Mapping[str, Any], bad: Report) -> None:
+def _check_names(value: Mapping[str, Any], bad: Report, *, of_nodes: bool) -> None:
     """Closed names, read from the raw values: they are reported even where a schema fails elsewhere."""
 
     def written(*at: str) -> Any:
@@ -505,15 +548,19 @@ def _check_names(value: Mapping[str, Any], bad: Report) -> None:
         bad(("data",), "missing; it has no default")
     for section in ("model", "teacher", "assistant"):
         arch = written(section, "arch")
-        if isinstance(arch, str) and (section, arch) != ("assistant", AUTO) and (found := check_architecture(arch)):
+        if not isinstance(arch, str) or (section, arch) == ("assistant", AUTO):
+            continue
+        if of_nodes and arch not in registry.names("architecture"):
+            bad((section, "arch"), f"unknown architecture of nodes '{arch}'{suggest(arch, registry.names('architecture'))}")
+        elif not of_nodes and (found := check_architecture(arch)):
             bad((section, "arch"), found)
     short = written("assistant")
     if isinstance(short, str) and short != AUTO and (found := check_architecture(short)):
         bad(("assistant",), found)
-    for kind, at in (("task", ("task",)), ("format", ("data", "format"))):
+    for kind, word, at in (("task", "task", ("task",)), ("graph" if of_nodes else "format", "format", ("data", "format"))):
         name = written(*at)
         if isinstance(name, str) and name not in registry.names(kind):
-            bad(at, f"unknown {kind} '{name}'{suggest(name, registry.names(kind))}")
+            bad(at, f"unknown {word} '{name}'{suggest(name, registry.names(kind))}")
     targets = written("targets")
     for device, target in (targets if isinstance(targets, dict) else {}).items():
         _check_target(str(device), target, bad)
@@ -569,6 +616,56 @@ def _check_fit(recipe: Recipe, stages: list[tuple[str, Settings]], bad: Report) 
             if quantized:
                 bad(at, f"stage '{settings.name}' trains the model and must be the first that quantizes")
         quantized = quantized or kind == "quantize"
+
+
+def _check_nodes(recipe: NodeRecipe, stages: list[tuple[str, Settings]], bad: Report) -> None:
+    """What a recipe of nodes needs: a student of rows, a teacher where something distils, stages that know nodes, in an order that can be."""
+    teacher = recipe.teacher
+    if recipe.data is None:
+        bad(("data",), "expected a graph, got nothing")
+    if _looks_at(recipe.model, ("model",), bad) == "graph" and any(kind != "train_nodes" for kind, _ in stages):
+        bad(("model", "arch"), "it looks at neighbours, which are not there where it is deployed; the student must look at rows: mlp")
+    if teacher is not None:
+        if (teacher.arch is None) == (teacher.predictions is None):
+            bad(("teacher",), "expected either arch or predictions")
+        elif teacher.arch is not None:
+            _looks_at(teacher, ("teacher",), bad)
+            if teacher.train is None and teacher.weights is None:
+                bad(("teacher",), "the teacher is not trained: give weights, or train: {}")
+    if not recipe.targets:
+        bad(("targets",), "expected at least one target")
+    quantized = False
+    for i, (kind, settings) in enumerate(stages):
+        written = {"train_nodes": "train", "distill_nodes": "distill"}.get(kind, kind)
+        at: Path_ = ("stages", i, written)
+        if kind == "distill_nodes" and teacher is None:
+            bad(at, f"stage '{settings.name}' distils, and the recipe has no teacher")
+        elif kind == "distill_nodes" and teacher is not None and teacher.arch is None:
+            if "noise" in registry.load("graph_distill", str(settings.method)).needs:
+                bad(
+                    (*at, "method"),
+                    f"{settings.method} asks the teacher about noisy features, and only its answers are known; use glnn or ffg2m",
+                )
+        if quantized and kind != "quantize":
+            bad(at, f"stage '{settings.name}' trains or cuts a model and cannot follow a quantize stage; put it before")
+        if kind == "quantize" and registry.load("quantize", str(settings.method)).level == "model":
+            bad((*at, "method"), f"{settings.method} trains on images; methods for nodes: ptq, fp16, weight_only")
+        quantized = quantized or kind == "quantize"
+
+
+def _looks_at(model: ModelConfig, at: Path_, bad: Report) -> str | None:
+    """rows or graph; its arguments are checked."""
+    if model.arch is None or model.arch not in registry.names("architecture"):
+        if model.arch is None and at == ("model",):
+            bad(at, "expected arch, such as mlp")
+        return None
+    architecture = registry.load("architecture", model.arch)
+    try:
+        architecture.Config(**model.args)
+    except ValidationError as error:
+        for e in error.errors(include_url=False):
+            bad((*at, "args", *(str(p) for p in e["loc"])), _sentence(e, architecture.Config, e["loc"], set()))
+    return str(architecture.looks_at)
 
 
 def _check_teacher(teacher: TeacherConfig, bad: Report) -> None:

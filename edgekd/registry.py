@@ -21,6 +21,9 @@ FOLDERS = {  # kind -> folder whose files are its members; files that start with
     "backend": "backends",
     "task": "tasks",
     "format": "data/formats",
+    "graph": "data/graphs",
+    "graph_distill": "graph",
+    "architecture": "models/architectures",
     "stage": "stages",
     "transport": "profile/transports",
 }

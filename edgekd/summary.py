@@ -330,7 +330,7 @@ class _Summary:
 
     def _confusion(self) -> dict[str, Any] | None:
         table = self._metrics_of(f"{self.first.name}.test")["confusion"]
-        return {"labels": self.done.artifacts["data"].json("index.json")["classes"], "matrix": table} if table else None
+        return {"labels": self.done.artifacts["data"].meta["classes"], "matrix": table} if table else None
 
     def _parity(self) -> list[dict[str, Any]]:
         return [{"target": t.name} | row for t in self.plan.targets for row in self.done.artifacts[f"{t.name}.parity"].json("parity.json")]

@@ -108,11 +108,11 @@ def _check_samples(folder: Path, facts: dict[str, Any]) -> str:
         return "sample outputs were not checked: onnxruntime is not installed"
     import numpy as np
 
-    from edgekd.data.normalise import normalised
+    from edgekd.data.normalise import stored_inputs
 
     with np.load(folder / SAMPLES) as stored:
-        pixels, wanted = stored["pixels"], stored["outputs"]
-    found = _run(_opened(folder / facts["model_file"]), facts, normalised(pixels, facts["preprocess"]), len(pixels))
+        samples, wanted = stored_inputs(stored, facts["preprocess"]), stored["outputs"]
+    found = _run(_opened(folder / facts["model_file"]), facts, samples, len(samples))
     return _agreed(found, wanted, facts, "on this machine", folder)
 
 
@@ -138,12 +138,12 @@ def _check_engine(folder: Path, manifest: dict[str, Any], facts: dict[str, Any],
         return "the engine was not run: it is code, and nothing here says whose; --signed-by PUBLIC.pem, or --run-engine if you know where it was built"
     import numpy as np
 
-    from edgekd.data.normalise import normalised
+    from edgekd.data.normalise import stored_inputs
     from edgekd.profile.footprint import load_facts
     from edgekd.stages.compile import judged_batch
 
     with np.load(folder / SAMPLES) as stored:
-        images, wanted = normalised(stored["pixels"], facts["preprocess"]), stored["outputs"]
+        images, wanted = stored_inputs(stored, facts["preprocess"]), stored["outputs"]
     file = folder / facts["model_file"] if graph else engine_of(folder, manifest, facts, backend, device)
     size, options = judged_batch(manifest["engine"]) or 1, manifest["engine"].get("options")
     feeds = {facts["input"]: np.resize(images, (facts["fixed_batch"] or min(size, len(images)), *images.shape[1:]))}
@@ -245,14 +245,14 @@ def _samples(files: list[Path], shape: tuple[int | None, ...]) -> tuple[Any, str
 
     import numpy as np
 
-    from edgekd.data.normalise import normalised
+    from edgekd.data.normalise import stored_inputs
 
     for file in files:
         facts = file.parent / FACTS
         if facts.is_file() and (file.parent / SAMPLES).is_file():
             preprocess = json.loads(facts.read_text(encoding="utf-8"))["preprocess"]
             with np.load(file.parent / SAMPLES) as stored:
-                images = normalised(stored["pixels"], preprocess)
+                images = stored_inputs(stored, preprocess)
             if all(want in (None, have) for want, have in zip(shape[1:], images.shape[1:], strict=True)):
                 return (images if shape[0] is None else np.resize(images, (shape[0], *images.shape[1:]))), "sample images of the bundle"
     if None in shape[1:]:

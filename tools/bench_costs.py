@@ -30,7 +30,7 @@ from edgekd.errors import UsageError  # noqa: E402
 from edgekd.listing import COSTS  # noqa: E402
 from edgekd.sweep import ALONE  # noqa: E402
 from edgekd.tasks.classification import Classification  # noqa: E402
-from edgekd.train.loop import Job, Speed, Teacher, _Run  # noqa: E402
+from edgekd.train.images import ImageRun, Job, Speed, Teacher  # noqa: E402
 from edgekd.train.memory import kept_memory  # noqa: E402
 from edgekd.train.pair import teach  # noqa: E402
 from edgekd.train.views import View  # noqa: E402
@@ -51,7 +51,7 @@ def steps(pair: Pair, dataset: Dataset, work: Path, method: str) -> Iterator[flo
         teacher = Teacher(guide, View(spec, channels_last=False), Speed())
         distiller = registry.load("distill", method)
         teach(job, distiller(distiller.Config()), teacher, guide, spec)
-    return timed(_Run(job))
+    return timed(ImageRun(job))
 
 
 def measure(pair: Pair, folder: Path, methods: Sequence[str], blocks: int, count: int) -> dict[str, float | None]:

@@ -52,7 +52,8 @@ from edgekd.models.spec import ModelSpec  # noqa: E402
 from edgekd.tasks.classification import Classification  # noqa: E402
 from edgekd.train.answers import About, Answers, Writer  # noqa: E402
 from edgekd.train.config import TrainConfig  # noqa: E402
-from edgekd.train.loop import Job, Teacher, _Run, reproducible  # noqa: E402
+from edgekd.train.images import ImageRun, Job, Teacher  # noqa: E402
+from edgekd.train.loop import reproducible  # noqa: E402
 from edgekd.train.memory import kept_memory  # noqa: E402
 from edgekd.train.speed import Speed, SpeedConfig  # noqa: E402
 from edgekd.train.tune import tune_student, tune_teacher  # noqa: E402
@@ -130,15 +131,15 @@ def ours(pair: Pair, dataset: Dataset, work: Path, speeds: tuple[Speed, Speed], 
         job.teacher = (
             teacher if isinstance(teacher, Answers) else Teacher(guide.to(memory_format=layout), view, speeds[1], batch=pair.batch)
         )
-    return timed(_Run(job))
+    return timed(ImageRun(job))
 
 
-def timed(run: _Run) -> Iterator[float]:
+def timed(run: ImageRun) -> Iterator[float]:
     """Seconds of each step of a training that goes on."""
     start = time.perf_counter()
     for batch in run.remaining():
         with reproducible("cpu"):
-            run.train_step(batch.positions, batch.images)
+            run.train_step(batch)
         yield time.perf_counter() - start
         start = time.perf_counter()
 

@@ -79,6 +79,10 @@ class Dataset:
 
         return np.flatnonzero(self._parts == PARTS.index(name)).astype(np.int64)
 
+    def samples(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """What `normalised` makes inputs of."""
+        return self.images(positions)
+
     def images(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """(len(positions), size, size, 3) in the order asked for; a copy. Raises DataRefused where a file changed."""
         import numpy as np

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,22 @@ from torch import nn
 from edgekd.errors import BackendError
 from edgekd.safeio.onnxfile import check_onnx
 
-INPUT, OUTPUT = "images", "logits"
+INPUT, ROWS, OUTPUT = "images", "features", "logits"
 OPSET = 20
 _EXAMPLE_BATCH = 2  # 1 would be taken for a constant
 
 
-def export_onnx(model: nn.Module, image_size: int, path: Path) -> dict[str, Any]:
-    """Writes `path`; returns opset, nodes and whether the batch is dynamic. Raises BackendError with the exporter's reason."""
-    images = torch.zeros(_EXAMPLE_BATCH, 3, image_size, image_size)
+def input_of(shape: Sequence[int]) -> str:
+    """What the input of a file is called, by the shape of one sample."""
+    return INPUT if len(shape) == 3 else ROWS
+
+
+def export_onnx(model: nn.Module, size: int | Sequence[int], path: Path) -> dict[str, Any]:
+    """Writes `path`; returns opset, nodes and whether the batch is dynamic. `size`: the side of an image in pixels, or the shape of one sample.
+
+    Raises BackendError with the exporter's reason.
+    """
+    images = torch.zeros(_EXAMPLE_BATCH, *((3, size, size) if isinstance(size, int) else size))
     proto = _dynamic(model.eval(), images)
     dynamic = proto is not None
     if proto is None:
@@ -61,7 +70,7 @@ def _export(model: nn.Module, images: torch.Tensor, *, dynamic: bool) -> onnx.Mo
             model,
             (images,),
             dynamo=True,
-            input_names=[INPUT],
+            input_names=[input_of(images.shape[1:])],
             output_names=[OUTPUT],
             opset_version=OPSET,
             dynamic_shapes=shapes,

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from edgekd import registry
 from edgekd.artifact import Artifact
 from edgekd.errors import CheckpointRefused, InputRefused, UnknownName, UsageError, suggest
 from edgekd.models.names import user_source
@@ -36,6 +37,14 @@ def make_spec(config: ModelConfig, *, num_classes: int, image_size: int) -> Mode
     return ModelSpec(**shape, mean=mean, std=std, timm=version("timm"), code=user_source(config.arch))
 
 
+def make_node_spec(config: ModelConfig, *, num_classes: int, features: int) -> ModelSpec:
+    """The spec of an architecture of rows or of a graph."""
+    if config.arch is None:
+        raise UsageError("the model has no architecture", expected="arch: NAME", hint="list them: edgekd methods list architecture")
+    args = dict(registry.load("architecture", config.arch).Config(**config.args).model_dump(mode="json"))
+    return ModelSpec(arch=config.arch, args=args, num_classes=num_classes, features=features, code=user_source(config.arch))
+
+
 def architecture_defaults(arch: str) -> dict[str, Any]:
     """timm's pretrained configuration of an architecture (mean, std, input size), or an empty dict."""
     import timm
@@ -49,9 +58,15 @@ def architecture_defaults(arch: str) -> dict[str, Any]:
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
-    """The module with freshly initialised weights, a function of `seed` alone; timm's random state outside is untouched."""
+    """The module with freshly initialised weights, a function of `seed` alone; the random state outside is untouched."""
     import timm
 
+    if spec.features:
+        architecture = registry.load("architecture", spec.arch)()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made: nn.Module = architecture.create(architecture.Config(**spec.args), spec.features, spec.num_classes)
+            return apply_structure(made, spec.structure) if spec.structure else made
     if spec.timm != version("timm") and spec.structure:
         raise CheckpointRefused(
             f"the pruned {spec.arch} was made with timm {spec.timm}, this is {version('timm')}", hint=f"pip install timm=={spec.timm}"

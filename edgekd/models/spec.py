@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from edgekd.config import Config, no_key
 
@@ -46,15 +46,32 @@ class ModelConfig(Config):
         return args
 
 
+class NodeModelConfig(ModelConfig):
+    """A model of a graph's nodes as a recipe names it."""
+
+    @model_validator(mode="after")
+    def _sees_no_images(self) -> Self:
+        for name in ("pretrained", "mean", "std", "image_size", "classes", "onnx"):
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} is for models of images; a model of nodes takes arch, args and weights")
+        return self
+
+
 class ModelSpec(Config):
     """Everything needed to rebuild the module that a weights file fits."""
 
-    arch: str = Field(description="timm architecture name")
+    arch: str = Field(description="timm architecture name, or one of models/architectures")
     args: dict[str, Argument] = Field(default_factory=dict)
     num_classes: int = Field(ge=1)
-    image_size: int = Field(ge=1, description="height and width of the input in pixels")
-    mean: Triple
-    std: Triple
+    image_size: int = Field(0, ge=0, description="height and width of the input in pixels; 0: it takes rows of features")
+    features: int = Field(0, ge=0, description="of a row")
+    mean: Triple = (0.0, 0.0, 0.0)
+    std: Triple = (1.0, 1.0, 1.0)
     structure: dict[str, Any] = Field(default_factory=dict, description="structural diff against the base architecture")
-    timm: str = Field(description="timm version that the diff was made with")
+    timm: str = Field("", description="timm version that the diff was made with")
     code: str | None = Field(None, description="SHA-256 of the user's file that defines the architecture")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: an image, or a row."""
+        return (3, self.image_size, self.image_size) if self.image_size else (self.features,)

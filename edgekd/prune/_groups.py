@@ -28,7 +28,7 @@ def find_groups(model: nn.Module, example_input: Tensor, scope: Scope = "auto") 
     """
     from edgekd.prune._graph import Graph  # heavy: traces with torch
 
-    mixer = _mixes_tokens(model)
+    mixer = example_input.ndim > 2 and _mixes_tokens(model)  # rows of features have no tokens
     if scope == "all" and mixer:
         raise UsageError("the streams of a model that mixes tokens cannot be pruned", where=type(model).__name__, expected="scope internal")
     graph = Graph(model, example_input)

@@ -29,19 +29,18 @@ def model_card(
     labels, prepare = facts["labels"], facts["preprocess"]
     shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
     batch = "any" if facts["fixed_batch"] is None else facts["fixed_batch"]
-    side = prepare["image_size"]
-    resized = f"resized ({prepare['resize']}, {prepare['interpolation']}), minus {_numbers(prepare['mean'])}, divided by {_numbers(prepare['std'])}"
+    rows = "features" in prepare
     return f"""# Model card
 
-{facts["task"].capitalize()} into {len(labels)} classes, made by edgekd (recipe `{recipe}`, target `{target}`). Architecture: {origin.get("student", "unknown")}\
+{facts["task"].replace("_", " ").capitalize()} into {len(labels)} classes, made by edgekd (recipe `{recipe}`, target `{target}`). Architecture: {origin.get("student", "unknown")}\
 {f", taught by {origin['teacher']}" if "teacher" in origin else ""}. Stored in {_PRECISIONS[facts["precision"]]}.
 
 ## Use
 
-Images like those that it was trained on; anything else gets one of the labels as well, often with high probability. It was not examined for bias between
-groups of people or places, and the labels of its dataset are taken as they were given.
+{"Rows of features" if rows else "Images"} like those that it was trained on; anything else gets one of the labels as well, often with high
+probability. It was not examined for bias between groups of people or places, and the labels of its dataset are taken as they were given.
 
-- input `{facts["input"]}`: batch {batch} x 3 x {side} x {side}, RGB, {resized}
+- input `{facts["input"]}`: batch {batch} x {_row(prepare) if rows else _image(prepare)}
 - output `{facts["output"]}`: one logit a class, in the order of `labels.txt`
 - labels: {shown}
 
@@ -53,12 +52,21 @@ Latency depends on the device and is not part of this file: `edgekd profile FOLD
 """
 
 
+def _image(prepare: Mapping[str, Any]) -> str:
+    side, resized = prepare["image_size"], f"resized ({prepare['resize']}, {prepare['interpolation']})"
+    return f"3 x {side} x {side}, RGB, {resized}, minus {_numbers(prepare['mean'])}, divided by {_numbers(prepare['std'])}"
+
+
+def _row(prepare: Mapping[str, Any]) -> str:
+    return f"{prepare['features']} features{', divided by their sum' if prepare['divide_by_sum'] else ''}; its neighbours are not needed"
+
+
 def _tested(test: Mapping[str, Any] | None) -> str:
     if test is None:
         return "Accuracy was not measured: no data were given. Its labels are the numbers of the outputs.\n"
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(test["metrics"].items()))
     unlabelled = f"{_UNLABELLED}\n\n" if test["metric_name"] == "agreement" else ""
-    return f"{unlabelled}On {test['samples']} test images, read once, by this file:\n\n| metric | value |\n|---|---|\n{metrics}\n"
+    return f"{unlabelled}On {test['samples']} test samples, read once, by this file:\n\n| metric | value |\n|---|---|\n{metrics}\n"
 
 
 def _compared(parity: Sequence[Mapping[str, Any]], images: str) -> str:

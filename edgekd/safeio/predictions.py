@@ -7,13 +7,9 @@ and a row for each image. An id is what the dataset calls the image: for folders
 from __future__ import annotations
 
 import csv
-import io
-import math
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgekd.errors import EdgekdError, FileMissing, PredictionsRefused
 from edgekd.safeio.files import resource_errors
@@ -23,10 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAX_BYTES = 4 * 2**30
-_MAX_HEADER_BYTES = 10_000
 _NAMES = {"ids", "logits", "probabilities", "classes"}
-# What zipfile says of a damaged archive; RuntimeError of an encrypted one, OSError where it seeks before the start.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 _NPZ = "ids, logits or probabilities, and optionally classes"
 _CSV = "the header id,<class>,<class>... and a number for each class in every row"
 
@@ -89,11 +82,9 @@ def _check(found: Predictions, where: str) -> None:
 def _npz(path: Path) -> Predictions:
     import numpy as np
 
-    try:
-        with resource_errors(path), zipfile.ZipFile(path) as archive:
-            arrays = _members(archive, str(path))
-    except _DAMAGE as e:
-        raise PredictionsRefused("it is not an .npz file, or it is damaged", where=str(path), expected=_NPZ) from e
+    from edgekd.safeio.arrays import read_arrays
+
+    arrays = read_arrays(path, PredictionsRefused, expected=_NPZ, max_bytes=_MAX_BYTES, max_arrays=len(_NAMES))
     kinds = sorted({"logits", "probabilities"} & arrays.keys())
     if not arrays.keys() <= _NAMES or "ids" not in arrays or len(kinds) != 1:
         raise PredictionsRefused(f"it holds {', '.join(sorted(arrays)[:8]) or 'nothing'}", where=str(path), expected=_NPZ)
@@ -110,37 +101,6 @@ def _npz(path: Path) -> Predictions:
     with np.errstate(over="ignore"):  # becomes infinite, which is refused
         values = values.astype(np.float32)
     return Predictions(tuple(ids.tolist()), values, () if names is None else tuple(names.tolist()), kinds[0])
-
-
-def _members(archive: zipfile.ZipFile, where: str) -> dict[str, Any]:
-    """Arrays by name; what a member unpacks to is known before it is unpacked."""
-    infos = archive.infolist()
-    if sum(i.file_size for i in infos) > _MAX_BYTES or len(infos) > len(_NAMES):
-        raise PredictionsRefused("it unpacks to too much", where=where, expected=f"at most {_MAX_BYTES} bytes in {len(_NAMES)} arrays")
-    return {i.filename.removesuffix(".npy"): _array(archive.read(i), i.filename, where) for i in infos}
-
-
-def _array(data: bytes, name: str, where: str) -> Any:
-    """One array of numbers or text; numpy's own reader would make room for what a header claims before it looks."""
-    import numpy as np
-
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"version {version} of the array format")
-    shape, fortran, dtype = read(stream, max_header_size=_MAX_HEADER_BYTES)
-    if dtype.hasobject:
-        raise PredictionsRefused(
-            f"'{name}' holds pickled objects, which could run code; nothing of it was read",
-            where=where,
-            expected="arrays of numbers and text",
-            hint="save ids and classes with np.array(..., dtype=str)",
-        )
-    rest = data[stream.tell() :]
-    if math.prod(shape) * dtype.itemsize != len(rest):
-        raise ValueError(f"{name} is not as long as its header says")
-    return np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 # ------------------------------------------------------------------------------------------------------------ .csv

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekd import registry
 
@@ -15,17 +15,49 @@ if TYPE_CHECKING:
     from edgekd.artifact import Artifact
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
+    from edgekd.data.nodes import Nodes
     from edgekd.stages._stage import Settings
     from edgekd.tasks._task import Task
 
 
+class Samples(Protocol):
+    """What stages that run a model need of a dataset, whatever its samples are."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def ids(self) -> tuple[str, ...]: ...
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def labelled(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def split(self, name: str) -> NDArray[np.int64]: ...
+    def samples(self, positions: NDArray[np.int64]) -> NDArray[Any]: ...
+
+
 def open_dataset(data: Artifact, ctx: Context) -> Dataset:
+    """Images."""
     from edgekd.data.dataset import Dataset  # numpy
 
     return Dataset.open(data.path, ctx.data_root, workers=ctx.data_workers)
 
 
-def drawn(dataset: Dataset, split: str, count: int) -> NDArray[np.int64]:
+def open_nodes(data: Artifact) -> Nodes:
+    """A graph."""
+    from edgekd.data.nodes import Nodes
+
+    return Nodes.open(data.path)
+
+
+def open_samples(data: Artifact, ctx: Context) -> Samples:
+    """Either of them."""
+    from edgekd.data.nodes import ABOUT
+
+    return open_nodes(data) if (data.path / ABOUT).is_file() else open_dataset(data, ctx)
+
+
+def drawn(dataset: Samples, split: str, count: int) -> NDArray[np.int64]:
     """`count` positions of a split in a fixed random order: a folder lists its images class by class, so the first ones are all alike."""
     from edgekd.data.loader import epoch_order
 
@@ -49,6 +81,16 @@ def task_of(settings: Settings) -> Task:
 def measured_by(task: Task) -> str:
     """What a task's metric counts, in words."""
     return str(getattr(task, "measures", "accuracy"))
+
+
+def samples_of(task: Task) -> str:
+    """What a task calls its samples."""
+    return str(getattr(task, "samples", "images"))
+
+
+def template_of(task: Task) -> str:
+    """The script that a bundle of this task gets as its predict.py."""
+    return str(getattr(task, "template", "predict.py"))
 
 
 def training_device() -> str:

@@ -33,11 +33,11 @@ class PartialGraphs:
 
     def __init__(self, settings: Settings, config: Any, inputs: Mapping[str, Artifact], folder: Path, ctx: Context):
         from edgekd.profile.device import load_device
-        from edgekd.stages._common import drawn, open_dataset, task_of
+        from edgekd.stages._common import drawn, open_samples, task_of
 
         self.config, self.folder, self.ctx = config, folder, ctx
         self.device, self.backend = load_device(config.device), registry.load("backend", config.backend)()
-        self.facts, self.dataset, self.task = inputs["graph"].json(FACTS), open_dataset(inputs["data"], ctx), task_of(settings)
+        self.facts, self.dataset, self.task = inputs["graph"].json(FACTS), open_samples(inputs["data"], ctx), task_of(settings)
         self.positions = drawn(self.dataset, "val", _SAMPLES)
         self.flavour = str(settings.facts["flavour"])
         self.method = registry.load("quantize", str(settings.method))

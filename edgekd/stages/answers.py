@@ -45,7 +45,7 @@ class Answers:
         from edgekd.stages.distill import black_box_of, teacher_of
         from edgekd.train.answers import About, Writer
         from edgekd.train.compiled import keep_programs_in
-        from edgekd.train.loop import Teacher
+        from edgekd.train.images import Teacher
         from edgekd.train.memory import kept_memory
 
         config, dataset = settings.typed(self.Config), open_dataset(inputs["data"], ctx)

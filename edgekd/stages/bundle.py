@@ -61,19 +61,18 @@ class Bundle:
         from edgekd.report.card import model_card
         from edgekd.report.sbom import sbom
         from edgekd.safeio.files import sha256_file
-        from edgekd.stages._common import open_dataset, task_of
+        from edgekd.stages._common import open_samples, samples_of, task_of, template_of
 
-        config, folder = settings.typed(self.Config), out / FOLDER
+        config, folder, task = settings.typed(self.Config), out / FOLDER, task_of(settings)
         folder.mkdir()
-        graph, engine, dataset = inputs["graph"], inputs["engine"], open_dataset(inputs["data"], ctx)
-        facts, index = graph.json(FACTS), inputs["data"].json("index.json")
+        graph, engine, dataset = inputs["graph"], inputs["engine"], open_samples(inputs["data"], ctx)
+        facts = graph.json(FACTS)
         shutil.copyfile(graph.path / GRAPH, folder / "model.onnx")
         model_file = str(engine.json(ENGINE)["model_file"])
         backend = str(engine.json(ENGINE)["backend"]) if config.backend == "auto" else config.backend
         build = config.build.get(backend, {})
         for name in (*([] if model_file.endswith(".onnx") else [model_file]), *engine.meta.get("beside", ())):
             shutil.copyfile(engine.path / name, folder / name)
-        settings_ = {n: facts[n] for n in ("image_size", "mean", "std")} | {n: index[n] for n in ("resize", "interpolation")}
         body = {
             "schema": "edgekd.bundle/1",
             "model_file": "model.onnx",
@@ -83,19 +82,20 @@ class Bundle:
             "precision": facts["precision"],
             "threads": config.threads,
             "task": settings.facts["task"],
-            "preprocess": settings_,
-            "postprocess": task_of(settings).postprocess(),
+            "preprocess": _preprocess(facts, inputs["data"]),
+            "postprocess": task.postprocess(),
             "labels": list(dataset.classes),
-            "samples": "images of val" if dataset.labelled else "generated: no data were given, accuracy was not measured",
+            "samples": f"{samples_of(task)} of val" if dataset.labelled else "generated: no data were given, accuracy was not measured",
             "build": build,
             "tolerance": _TOLERANCE[facts["precision"]] * _write_samples(folder / "samples.npz", graph, dataset, ctx),
         }
         write_facts(folder, body)
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for script in ("predict.py", *(["build.py"] if build else [])):
-            (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(script).read_bytes())
+            template = template_of(task) if script == "predict.py" else script
+            (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(template).read_bytes())
         section = _engine_section(build, facts) if build else _usage_section(engine.meta)
-        (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs, backend, section), encoding="utf-8")
+        (folder / "PROVENANCE.md").write_text(_provenance(config, facts, inputs, backend, section, samples_of(task)), encoding="utf-8")
         card = model_card(
             body,
             recipe=config.recipe,
@@ -128,27 +128,36 @@ class Bundle:
         return {"model_file": model_file, "size_bytes": (folder / model_file).stat().st_size}
 
 
+def _preprocess(facts: Mapping[str, Any], data: Artifact) -> dict[str, Any]:
+    """What predict.py does to a sample before the model sees it."""
+    if "features" in facts:
+        return {"features": facts["features"], "divide_by_sum": bool(data.json("nodes.json")["normalise"])}
+    index = data.json("index.json")
+    return {n: facts[n] for n in ("image_size", "mean", "std")} | {n: index[n] for n in ("resize", "interpolation")}
+
+
 def _write_samples(path: Path, graph: Artifact, dataset: Any, ctx: Context) -> float:
     """Pixels of a few val (or generated) images and the outputs they give, so that any device can check itself; returns the largest output."""
     import numpy as np
 
+    from edgekd.data.normalise import raw_name
     from edgekd.safeio.arrays import write_arrays
     from edgekd.stages._common import drawn
     from edgekd.stages.parity import graph_outputs
 
     positions = drawn(dataset, "val", _SAMPLES)
     outputs = graph_outputs(graph, dataset, positions, ctx)
-    write_arrays(path, {"pixels": dataset.images(positions), "outputs": outputs, "labels": dataset.labels[positions]})
+    write_arrays(path, {raw_name(graph.json(FACTS)): dataset.samples(positions), "outputs": outputs, "labels": dataset.labels[positions]})
     return float(np.abs(outputs).max())
 
 
-def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact], backend: str, section: str) -> str:
-    tested = "accuracy was not measured: no data were given, the sample images are generated"
+def _provenance(config: Any, facts: Mapping[str, Any], inputs: Mapping[str, Artifact], backend: str, section: str, samples: str) -> str:
+    tested = "accuracy was not measured: no data were given, the samples are generated"
     if "test" in inputs:
         metrics = inputs["test"].json(METRICS)
         shown = ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics["metrics"].items()))
         against = ", against its teacher's decisions, for there are no labels" if metrics["metric_name"] == "agreement" else ""
-        tested = f"test metrics of this file, {metrics['samples']} images{against}: {shown}"
+        tested = f"test metrics of this file, {metrics['samples']} {samples}{against}: {shown}"
     origin = "\n".join(f"- {k}: {v}" for k, v in sorted(config.provenance.items()))
     return f"""# What this is
 
@@ -159,7 +168,7 @@ Made by edgekd from the recipe `{config.recipe}` for the target `{config.target}
 {origin}
 
 Licences: the weights follow the licences of the training data and of the model they were distilled from, which edgekd cannot know; `predict.py` is
-MIT-licensed with edgekd. Check a copy with `edgekd verify FOLDER`; classify images with `python predict.py FOLDER_OF_IMAGES`.
+MIT-licensed with edgekd. Check a copy with `edgekd verify FOLDER`; use it with `python predict.py`, which says what it takes.
 {section}"""
 
 
@@ -183,13 +192,12 @@ def _usage_section(engine: Mapping[str, Any]) -> str:
 def trtexec(build: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The command of TensorRT's own tool that builds the same engine; precision comes from the graph, so there is no --int8 and no --fp16."""
     tool = "tensorrt_rtx" if build["backend"] == "tensorrt_rtx" else "trtexec"
-    options, size = build["options"], facts["image_size"]
+    options, side = build["options"], facts.get("image_size")
+    shape = f"3x{side}x{side}" if side else facts["features"]
     words = [tool, "--onnx=model.onnx", "--saveEngine=model.engine", *(["--stronglyTyped"] if tool == "trtexec" else [])]
     if facts["fixed_batch"] is None:
         most = max(build["batch"], options["max_batch"])
-        words += [
-            f"--{n}Shapes={facts['input']}:{batch}x3x{size}x{size}" for n, batch in (("min", 1), ("opt", build["batch"]), ("max", most))
-        ]
+        words += [f"--{n}Shapes={facts['input']}:{batch}x{shape}" for n, batch in (("min", 1), ("opt", build["batch"]), ("max", most))]
     if options["workspace_mib"] is not None:
         words.append(f"--memPoolSize=workspace:{options['workspace_mib']}")
     if options["dla"] is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgekd.models.spec import ModelSpec
     from edgekd.train.black_box import BlackBox
     from edgekd.train.distiller import Distiller
-    from edgekd.train.loop import Job, Teacher
+    from edgekd.train.images import Job, Teacher
 
 
 @register("stage")
@@ -85,7 +85,7 @@ def teacher_of(inputs: Mapping[str, Artifact], config: SpeedConfig, batch: int) 
 
     from edgekd.models.build import load_model
     from edgekd.stages._common import training_device
-    from edgekd.train.loop import Teacher
+    from edgekd.train.images import Teacher
     from edgekd.train.views import View
 
     model, spec = load_model(inputs["teacher"])

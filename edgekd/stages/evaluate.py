@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from edgekd.backends import Session
     from edgekd.context import Context
-    from edgekd.data.dataset import Dataset
+    from edgekd.stages._common import Samples
     from edgekd.tasks._task import Task
 
 OUTPUTS, LABELS, METRICS = "outputs.npy", "labels.npy", "metrics.json"
@@ -44,11 +44,11 @@ class Evaluate:
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         import numpy as np
 
-        from edgekd.stages._common import open_dataset
+        from edgekd.stages._common import open_samples
 
         config = settings.typed(self.Config)
         split = config.split
-        dataset = open_dataset(inputs["data"], ctx)
+        dataset = open_samples(inputs["data"], ctx)
         positions = dataset.split(split)
         if not len(positions):
             raise DataRefused(f"the dataset has no {split} part", hint=f"-o data.split.{split}=0.15")
@@ -69,7 +69,7 @@ class Evaluate:
 
 
 def judge(
-    outputs: NDArray[np.float32], settings: Settings, config: Any, dataset: Dataset, teacher: Artifact | None, out: Path
+    outputs: NDArray[np.float32], settings: Settings, config: Any, dataset: Samples, teacher: Artifact | None, out: Path
 ) -> dict[str, Any]:
     """Writes outputs (samples, ...) of a split with their metrics into the folder `out`; raises InputRefused for a teacher that knows nothing."""
     import numpy as np
@@ -120,7 +120,7 @@ def _assert_above_chance(metric: float, chance: float, samples: int, name: str) 
 
 
 def run_engine(
-    session: Session, facts: Mapping[str, Any], dataset: Dataset, positions: NDArray[np.int64], ctx: Context, name: str
+    session: Session, facts: Mapping[str, Any], dataset: Samples, positions: NDArray[np.int64], ctx: Context, name: str
 ) -> NDArray[np.float32]:
     """Outputs (samples, ...) of all positions, in order; a graph with a fixed batch has its last one filled up."""
     import numpy as np
@@ -133,7 +133,7 @@ def run_engine(
         for start in range(0, len(positions), size):
             chosen = positions[start : start + size]
             asked = np.resize(chosen, size) if fixed else chosen
-            parts.append(session.run({facts["input"]: normalised(dataset.images(asked), facts)})[0][: len(chosen)])
+            parts.append(session.run({facts["input"]: normalised(dataset.samples(asked), facts)})[0][: len(chosen)])
             bar.update(start + len(chosen))
     return np.concatenate(parts).astype(np.float32)
 

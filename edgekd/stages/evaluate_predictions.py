@@ -26,8 +26,8 @@ class EvaluatePredictions:
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         import numpy as np
 
-        from edgekd.stages._common import open_dataset
+        from edgekd.stages._common import open_samples
 
         config = settings.typed(self.Config)
         outputs = np.load(inputs["answers"].path / f"{config.split}.npy")
-        return judge(outputs, settings, config, open_dataset(inputs["data"], ctx), None, out)
+        return judge(outputs, settings, config, open_samples(inputs["data"], ctx), None, out)

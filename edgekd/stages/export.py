@@ -30,19 +30,17 @@ class Export:
     libraries = ("torch", "timm", "onnx", "onnxscript")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
-        from edgekd.export.onnx import INPUT, OUTPUT, export_onnx
+        from edgekd.export.onnx import OUTPUT, export_onnx, input_of
         from edgekd.models.build import load_model
 
         model, spec = load_model(inputs["model"])
-        meta = export_onnx(model, spec.image_size, out / GRAPH)
+        meta = export_onnx(model, spec.shape, out / GRAPH)
         stored = sum(p.numel() for p in model.parameters())
         _assert_no_projector(out / GRAPH, stored, settings.name)
         facts = {
-            "input": INPUT,
+            "input": input_of(spec.shape),
             "output": OUTPUT,
-            "image_size": spec.image_size,
-            "mean": spec.mean,
-            "std": spec.std,
+            **({"image_size": spec.image_size, "mean": spec.mean, "std": spec.std} if spec.image_size else {"features": spec.features}),
             "precision": "fp32",
             "fixed_batch": None if meta["dynamic_batch"] else 1,
         }

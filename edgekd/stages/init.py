@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from edgekd.context import Context
 
 
+NODES = "nodes.json"  # what the data of a graph have
+
+
 @register("stage")
 class Init:
     Config = ModelConfig
@@ -31,6 +34,8 @@ class Init:
         from edgekd.stages._common import open_dataset, unchanged
 
         config = settings.typed(ModelConfig)
+        if (inputs["data"].path / NODES).is_file():
+            return _of_nodes(config, settings, inputs, out, ctx)
         dataset = open_dataset(inputs["data"], ctx)
         spec = models.make_spec(config, num_classes=len(config.classes or dataset.classes), image_size=dataset.image_size)
         model = models.build(spec, seed=ctx.seed)
@@ -52,3 +57,18 @@ class Init:
             model, spec = in_order_of(model, spec, config.classes, dataset.classes)
         models.save_model(model, spec, out)
         return {"arch": spec.arch, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _of_nodes(config: ModelConfig, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+    """A model of rows, or of a graph."""
+    from edgekd.models import build as models
+    from edgekd.stages._common import open_nodes, unchanged
+
+    nodes = open_nodes(inputs["data"])
+    spec = models.make_node_spec(config, num_classes=len(nodes.classes), features=nodes.width)
+    model = models.build(spec, seed=ctx.seed)
+    if config.weights is not None:
+        unchanged(config.weights, settings)
+        models.load_state(model, config.weights)
+    models.save_model(model, spec, out)
+    return {"arch": spec.arch, "parameters": sum(p.numel() for p in model.parameters())}

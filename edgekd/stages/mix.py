@@ -254,7 +254,7 @@ class _Search:
 
         graphs = self.graphs
         size = graphs.facts["fixed_batch"] or 8
-        feeds = {graphs.facts["input"]: normalised(graphs.dataset.images(graphs.positions[:size]), graphs.facts)}
+        feeds = {graphs.facts["input"]: normalised(graphs.dataset.samples(graphs.positions[:size]), graphs.facts)}
         before, after = (onnx.load_model_from_string(f.read_bytes()) for f in (graphs.graph, graphs.built(best)))
         tensors = [t for t in compare_tensors(before, after, feeds, feeds) if t.node in best]
         return [t.node for t in steepest(tensors, len(best))]

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgekd.context import Context
-    from edgekd.data.dataset import Dataset
     from edgekd.export.bisect import Compared
+    from edgekd.stages._common import Samples
 
 PARITY = "parity.json"
 _PROBES = 8  # images whose intermediate tensors are compared where a rung is broken
@@ -44,11 +44,11 @@ class Parity:
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.export.parity import compare
-        from edgekd.stages._common import drawn, open_dataset, task_of
+        from edgekd.stages._common import drawn, open_samples, task_of
         from edgekd.stages.compile import open_engine
         from edgekd.stages.evaluate import run_engine
 
-        task, dataset = task_of(settings), open_dataset(inputs["data"], ctx)
+        task, dataset = task_of(settings), open_samples(inputs["data"], ctx)
         positions = drawn(dataset, "val", settings.typed(self.Config).samples)
         labels, rows = dataset.labels[positions] if dataset.labelled else None, []
         places = _Places(inputs, dataset, positions[:_PROBES])
@@ -92,7 +92,7 @@ def _another(engine: Artifact) -> str | None:
 class _Places:
     """Finds the first node at which a broken rung breaks, on a few images."""
 
-    def __init__(self, inputs: Mapping[str, Artifact], dataset: Dataset, positions: NDArray[np.int64]):
+    def __init__(self, inputs: Mapping[str, Artifact], dataset: Samples, positions: NDArray[np.int64]):
         self.inputs, self.dataset, self.positions = inputs, dataset, positions
         self._folder = tempfile.TemporaryDirectory()
 
@@ -174,15 +174,15 @@ class _Places:
 
         facts = self.inputs[name].json(FACTS)
         positions = np.resize(self.positions, facts["fixed_batch"]) if facts["fixed_batch"] else self.positions
-        return {facts["input"]: normalised(self.dataset.images(positions), facts)}
+        return {facts["input"]: normalised(self.dataset.samples(positions), facts)}
 
 
-def graph_outputs(graph: Artifact, dataset: Dataset, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
+def graph_outputs(graph: Artifact, dataset: Samples, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
     """Outputs of a graph on this machine's onnxruntime."""
     return outputs_of(graph.path / GRAPH, graph.json(FACTS), dataset, positions, ctx)
 
 
-def outputs_of(file: Path, facts: Mapping[str, Any], dataset: Dataset, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
+def outputs_of(file: Path, facts: Mapping[str, Any], dataset: Samples, positions: NDArray[np.int64], ctx: Context) -> NDArray[np.float32]:
     """Outputs of an ONNX file on this machine's onnxruntime; `facts` say what it takes."""
     from edgekd.profile.device import load_device
     from edgekd.stages.evaluate import run_engine
@@ -191,8 +191,10 @@ def outputs_of(file: Path, facts: Mapping[str, Any], dataset: Dataset, positions
     return run_engine(session, facts, dataset, positions, ctx, "parity")
 
 
-def torch_outputs(model: Artifact, dataset: Dataset, positions: NDArray[np.int64], *, rounded: bool = False) -> NDArray[np.float32]:
+def torch_outputs(model: Artifact, dataset: Samples, positions: NDArray[np.int64], *, rounded: bool = False) -> NDArray[np.float32]:
     """Outputs in torch; `rounded` as the model was trained by a quantizer."""
+    import torch
+
     from edgekd.models.build import load_model
     from edgekd.quantize._attach import round_inputs
     from edgekd.quantize._learned import load_grid
@@ -202,4 +204,8 @@ def torch_outputs(model: Artifact, dataset: Dataset, positions: NDArray[np.int64
     module, spec = load_model(model)
     if rounded:
         round_inputs(module, {n.removesuffix("/input"): v for n, v in load_grid(model.path / GRID).items() if n.endswith("/input")})
-    return logits_of(module, View(spec), dataset, positions)
+    if not spec.image_size:
+        with torch.inference_mode():
+            said: NDArray[np.float32] = module(torch.from_numpy(dataset.samples(positions))).numpy()
+        return said
+    return logits_of(module, View(spec), dataset, positions)  # type: ignore[arg-type]  # these are images

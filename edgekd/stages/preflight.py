@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgekd.console import Console
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
+    from edgekd.data.nodes import Nodes
     from edgekd.models.spec import ModelSpec
     from edgekd.models.taps import TappedModel
     from edgekd.quantize._quantizer import ModelQuantizer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from edgekd.train.distiller import Distiller, Outputs
 
 _BATCH = 4
+_NODES = 64
 
 
 class Probe(Base):
@@ -81,13 +83,16 @@ class Preflight:
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.models.build import load_model
-        from edgekd.stages._common import open_dataset, task_of
+        from edgekd.stages._common import open_samples, task_of
 
         config = settings.typed(self.Config)
         student, spec = load_model(inputs["student"])
-        dataset = open_dataset(inputs["data"], ctx)
+        dataset: Any = open_samples(inputs["data"], ctx)
         warnings: list[str] = []
         for probe in config.probes:
+            if probe.stage == "distill_nodes":
+                with _named(probe.name):
+                    _teach_once(probe, (student, spec), dataset, task_of(settings), ctx)
             if probe.stage == "distill":
                 with _named(probe.name):
                     distiller = _distil_once(probe, (student, spec), inputs, dataset, task_of(settings), ctx)
@@ -164,6 +169,29 @@ def _distil_once(
     return distiller
 
 
+def _teach_once(probe: Probe, student: tuple[nn.Module, ModelSpec], nodes: Nodes, task: Task, ctx: Context) -> None:
+    """One batch of nodes with a random teacher: every term and gradient must be finite."""
+    import copy
+
+    import torch
+
+    from edgekd.graph._distiller import Teaching
+    from edgekd.graph._run import NodeJob
+    from edgekd.train.config import NodeTrainConfig
+
+    cls = registry.load("graph_distill", str(probe.method))
+    distiller = cls(cls.Config(**probe.config))
+    said = torch.randn(len(nodes.seen), len(nodes.classes), generator=torch.Generator().manual_seed(0))
+    net, spec = copy.deepcopy(student[0]), student[1]
+    job = NodeJob(probe.name, net, spec, "rows", nodes, task, NodeTrainConfig(batch_size=_NODES, neighbours=_BATCH), ctx.seed, ctx.work)
+    job.distiller, job.label_weight, job.teacher = distiller, distiller.config.label_weight, said
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        job.projectors = distiller.setup(Teaching(said, said.abs().sum(1)))
+        run = job.start(None)
+        run.train_step(next(run.remaining()))
+
+
 def _cautions(
     probe: Probe, distiller: Distiller, student: tuple[nn.Module, ModelSpec], inputs: Mapping[str, Artifact], smoothing: float
 ) -> list[str]:
@@ -213,15 +241,15 @@ def _build_all(config: Any, model: nn.Module, spec: ModelSpec, console: Console)
     import numpy as np
 
     from edgekd.backends import watched
-    from edgekd.export.onnx import INPUT, export_onnx
+    from edgekd.export.onnx import export_onnx, input_of
     from edgekd.profile.device import load_device
 
     built = []
-    images = np.random.default_rng(0).standard_normal((_BATCH, 3, spec.image_size, spec.image_size), dtype=np.float32)
+    images = np.random.default_rng(0).standard_normal((_BATCH, *spec.shape), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
         with _named("export"):
-            fixed = None if export_onnx(model, spec.image_size, graph)["dynamic_batch"] else 1
+            fixed = None if export_onnx(model, spec.shape, graph)["dynamic_batch"] else 1
         built.append("ONNX fp32")
         for place in config.places:
             with _named(f"compile for {place.device}"):
@@ -233,7 +261,7 @@ def _build_all(config: Any, model: nn.Module, spec: ModelSpec, console: Console)
                     with watched(backend, console, f"{place.backend} {name}"):
                         meta = backend.convert(file, device, target, place.options, batch=place.batch)
                     if place.runs:
-                        few = {INPUT: images[: fixed or min(_BATCH, meta.get("max_batch") or _BATCH)]}
+                        few = {input_of(spec.shape): images[: fixed or min(_BATCH, meta.get("max_batch") or _BATCH)]}
                         engine = target / meta["model_file"]
                         backend.open(engine, threads=place.threads, device=device, options=meta.get("options")).run(few)
                     built.append(f"{place.backend} {name} for {place.device}")
@@ -295,5 +323,5 @@ def _learned_once(
     if bad is not None:
         raise TrainingDiverged(f"the gradient of '{bad}' is not finite on the first batch", expected="finite gradients")
     save_grid(folder, quantizer.bake(net))
-    export_onnx(net, spec.image_size, folder / "model.onnx")
+    export_onnx(net, spec.shape, folder / "model.onnx")
     return folder / "model.onnx", folder / GRID

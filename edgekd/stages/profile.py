@@ -74,8 +74,8 @@ class Profile:
 
 
 def random_input(facts: Mapping[str, Any], batch: int) -> NDArray[np.float32]:
-    """A fixed random input (batch, 3, h, w)."""
+    """A fixed random input (batch, 3, h, w), or (batch, features)."""
     import numpy as np
 
-    side = facts["image_size"]
-    return np.random.default_rng(0).standard_normal((facts.get("fixed_batch") or batch, 3, side, side), dtype=np.float32)
+    shape = (facts["features"],) if "features" in facts else (3, facts["image_size"], facts["image_size"])
+    return np.random.default_rng(0).standard_normal((facts.get("fixed_batch") or batch, *shape), dtype=np.float32)

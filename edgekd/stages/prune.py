@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from edgekd.context import Context
-    from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
+    from edgekd.stages._common import Samples
 
 _BATCH = 64
 _RECALIBRATION_BATCHES = 8
@@ -72,11 +72,11 @@ class Prune:
         from edgekd.models.structure import structure_diff
         from edgekd.prune._calibrate import recalibrate_bn
         from edgekd.prune._cut import prune_model
-        from edgekd.stages._common import open_dataset
+        from edgekd.stages._common import open_samples
 
         config, decided = settings.typed(self.Config), read_decision(inputs["widths"])
         model, spec = load_model(inputs["model"])
-        dataset = open_dataset(inputs["data"], ctx)
+        dataset = open_samples(inputs["data"], ctx)
         scores = score(model, spec, dataset, settings, config)
         example = example_of(spec)
         report = prune_model(
@@ -89,13 +89,13 @@ class Prune:
 
 
 def example_of(spec: ModelSpec) -> Tensor:
-    """A zero image; cutting needs shapes only."""
+    """A zero sample; cutting needs shapes only."""
     import torch
 
-    return torch.zeros(1, 3, spec.image_size, spec.image_size)
+    return torch.zeros(1, *spec.shape)
 
 
-def score(model: nn.Module, spec: ModelSpec, dataset: Dataset, settings: Settings, config: Any) -> dict[str, Tensor]:
+def score(model: nn.Module, spec: ModelSpec, dataset: Samples, settings: Settings, config: Any) -> dict[str, Tensor]:
     """Importance of every unit by group; gradients come from val, since a memorised training set has none."""
     from edgekd.prune._calibrate import collect_gradients
     from edgekd.prune._cut import score_model
@@ -111,12 +111,21 @@ def score(model: nn.Module, spec: ModelSpec, dataset: Dataset, settings: Setting
     return scores
 
 
-def scoring_batches(dataset: Dataset, spec: ModelSpec, split: str, count: int) -> Iterator[tuple[Tensor, Any]]:
-    """(normalised images, stored labels) of the first `count` samples in a fixed order."""
+def scoring_batches(dataset: Samples, spec: ModelSpec, split: str, count: int) -> Iterator[tuple[Tensor, Any]]:
+    """(inputs, stored labels) of the first `count` samples in a fixed order."""
+    import torch
+
     from edgekd.data.augment import to_float
+    from edgekd.data.dataset import Dataset as Images
     from edgekd.data.loader import batches, epoch_order
     from edgekd.train.views import View
 
+    if not isinstance(dataset, Images):
+        chosen = epoch_order(0, 0, dataset.split(split))[:count]
+        for start in range(0, len(chosen) - 1, _BATCH):
+            part = chosen[start : start + _BATCH]
+            yield torch.from_numpy(dataset.samples(part)), dataset.labels[part]
+        return
     view = View(spec)
     for batch in batches(dataset, epoch_order(0, 0, dataset.split(split))[:count], _BATCH):
         if len(batch.positions) > 1:  # one sample has no batch statistics

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgekd.context import Context
-    from edgekd.data.dataset import Dataset
+    from edgekd.stages._common import Samples
 
 _BATCH = 32
 _FEW = 32  # calibration images
@@ -54,7 +54,7 @@ class Quantize:
         from edgekd.export.qdq import assert_rules
         from edgekd.quantize._learned import GRID
         from edgekd.safeio.onnxfile import check_onnx
-        from edgekd.stages._common import method_of, open_dataset
+        from edgekd.stages._common import method_of, open_samples
 
         quantizer = method_of(settings, "quantize")
         decisions = [read_decision(inputs[name]) for name in ("mix", "trial") if name in inputs]
@@ -64,7 +64,7 @@ class Quantize:
                 changes["calibration"] = chosen
             quantizer = type(quantizer)(quantizer.config.model_copy(update=changes))
         facts = inputs["graph"].json(FACTS)
-        dataset, flavour = open_dataset(inputs["data"], ctx), str(settings.facts["flavour"])
+        dataset, flavour = open_samples(inputs["data"], ctx), str(settings.facts["flavour"])
         wanted = getattr(quantizer.config, "samples", 0)  # methods that look at no data have no such setting
         samples = calibration_batches(dataset, facts, wanted, ctx.seed)
         _warn_of_few(dataset, wanted, settings.name, ctx)
@@ -85,7 +85,7 @@ class Quantize:
         return done
 
 
-def _warn_of_few(dataset: Dataset, wanted: int, name: str, ctx: Context) -> None:
+def _warn_of_few(dataset: Samples, wanted: int, name: str, ctx: Context) -> None:
     """Ranges seen on few images, or on images of one class, cut off what others need."""
     if not wanted:
         return
@@ -102,7 +102,7 @@ def _warn_of_few(dataset: Dataset, wanted: int, name: str, ctx: Context) -> None
         )
 
 
-def calibration_batches(dataset: Dataset, facts: Mapping[str, Any], count: int, seed: int) -> Iterator[NDArray[np.float32]]:
+def calibration_batches(dataset: Samples, facts: Mapping[str, Any], count: int, seed: int) -> Iterator[NDArray[np.float32]]:
     """Normalised training images (batch, 3, h, w), a seeded choice of `count`."""
     from edgekd.data.loader import epoch_order
     from edgekd.data.normalise import normalised
@@ -110,4 +110,4 @@ def calibration_batches(dataset: Dataset, facts: Mapping[str, Any], count: int, 
     fixed = facts["fixed_batch"]
     chosen, size = epoch_order(seed, 0, dataset.split("train"))[:count], fixed or _BATCH
     for start in range(0, len(chosen) - (size - 1 if fixed else 0), size):  # a fixed batch takes whole batches only
-        yield normalised(dataset.images(chosen[start : start + size]), facts)
+        yield normalised(dataset.samples(chosen[start : start + size]), facts)

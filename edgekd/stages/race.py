@@ -85,9 +85,9 @@ def _judged(
     """Open engines, their loss on val with its interval, and the reasons of those that a runtime refuses; raises where the first is one of them."""
     import numpy as np
 
-    from edgekd.stages._common import drawn, open_dataset, task_of
+    from edgekd.stages._common import drawn, open_samples, task_of
 
-    task, dataset = task_of(settings), open_dataset(inputs["data"], ctx)
+    task, dataset = task_of(settings), open_samples(inputs["data"], ctx)
     whole, positions = dataset.split("val"), drawn(dataset, "val", _SAMPLES)
     labels, places = dataset.labels[positions], {p: i for i, p in enumerate(whole.tolist())}
     outputs = np.load(inputs["start_metrics"].path / OUTPUTS)[[places[p] for p in positions.tolist()]]

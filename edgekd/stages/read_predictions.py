@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgekd.context import Context
-    from edgekd.data.dataset import Dataset
+    from edgekd.stages._common import Samples
 
 _LEAST = 1e-12  # of a probability: its logarithm must be finite
 _BATCH = 8192
@@ -51,7 +51,7 @@ class ReadPredictions:
 
         config, dataset = settings.typed(self.Config), open_dataset(inputs["data"], ctx)
         unchanged(config.predictions, settings)
-        logits, kind = _logits(config, dataset)
+        logits, kind = logits_of_file(config, dataset, "images")
         train = dataset.split("train")
         writer = Writer(ctx.work, About(len(dataset.classes), 1), train, ctx.seed)
         for start in range(writer.done, len(train), _BATCH):
@@ -62,8 +62,8 @@ class ReadPredictions:
         return {"arch": config.predictions.name, "gives": kind, "images": len(dataset)}
 
 
-def _logits(config: Any, dataset: Dataset) -> tuple[NDArray[np.float32], str]:
-    """(samples, classes) in the order of the dataset, and what the file's numbers were; raises PredictionsRefused for images that it misses."""
+def logits_of_file(config: Any, dataset: Samples, samples: str) -> tuple[NDArray[np.float32], str]:
+    """(samples, classes) in the order of the dataset, and what the file's numbers were; raises PredictionsRefused for samples that it misses."""
     import numpy as np
 
     from edgekd.data.classes import outputs_of
@@ -75,11 +75,11 @@ def _logits(config: Any, dataset: Dataset) -> tuple[NDArray[np.float32], str]:
     if missing := [i for i in dataset.ids if i not in rows]:
         parts = {p: sum(dataset.ids[i] not in rows for i in dataset.split(p)) for p in ("train", "val", "test")}
         raise PredictionsRefused(
-            f"it misses {len(missing)} of {len(dataset)} images ({', '.join(f'{n} of {p}' for p, n in parts.items() if n)}), "
+            f"it misses {len(missing)} of {len(dataset)} {samples} ({', '.join(f'{n} of {p}' for p, n in parts.items() if n)}), "
             f"the first {', '.join(ascii(i) for i in missing[:_SHOWN])}",
             where=str(path),
-            expected=f"a prediction for each image, by its id; it has {found.ids[0]!a}, for one",
-            hint="predict the missing images too and add them to the file, or remove them from the data",
+            expected=f"a prediction for each of the {samples}, by its id; it has {found.ids[0]!a}, for one",
+            hint=f"predict the missing {samples} too and add them to the file, or remove them from the data",
         )
     values = found.values[[rows[i] for i in dataset.ids]]
     asked = config.outputs if config.outputs != "auto" else found.kind or "auto"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from edgekd.context import Context
     from edgekd.models.spec import ModelSpec
-    from edgekd.train.loop import Job
+    from edgekd.train.images import Job
+    from edgekd.train.loop import Lesson
 
 CURVES = "curves.json"
 
@@ -48,7 +49,7 @@ def prepare(settings: Settings, inputs: Mapping[str, Artifact], ctx: Context) ->
     from edgekd.models.build import load_model  # torch
     from edgekd.stages._common import open_dataset, task_of, training_device
     from edgekd.train.compiled import keep_programs_in
-    from edgekd.train.loop import Job
+    from edgekd.train.images import Job
 
     config = settings.typed(TrainConfig)
     keep_programs_in(ctx.store.programs)
@@ -64,7 +65,7 @@ def chosen_speed(config: TrainConfig, inputs: Mapping[str, Artifact], side: str)
     return Speed.of(found) if found is not None else config.speed
 
 
-def learn(job: Job, out: Path, ctx: Context, finish: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
+def learn(job: Lesson, out: Path, ctx: Context, finish: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:
     """Runs the loop and saves model and curves; `finish` takes off the model what was trained beside it."""
     from edgekd.models.build import save_model
     from edgekd.train.loop import fit

@@ -56,12 +56,12 @@ class _Trial:
 
     def __init__(self, settings: Settings, config: Any, inputs: Mapping[str, Artifact], folder: Path, ctx: Context):
         from edgekd.safeio.onnxfile import check_onnx
-        from edgekd.stages._common import drawn, method_of, open_dataset, task_of
+        from edgekd.stages._common import drawn, method_of, open_samples, task_of
         from edgekd.stages.parity import outputs_of
 
         self.settings, self.config, self.ctx, self.file = settings, config, ctx, folder / GRAPH
         self.quantizer, self.task, self.facts = method_of(settings, "quantize"), task_of(settings), inputs["graph"].json(FACTS)
-        self.graph, self.dataset = inputs["graph"].path / GRAPH, open_dataset(inputs["data"], ctx)
+        self.graph, self.dataset = inputs["graph"].path / GRAPH, open_samples(inputs["data"], ctx)
         self.positions = drawn(self.dataset, "val", config.samples)
         self.labels = self.dataset.labels[self.positions]
         self.wanted = outputs_of(self.graph, self.facts, self.dataset, self.positions, ctx)
@@ -150,7 +150,7 @@ class _Trial:
         from edgekd.data.normalise import normalised
 
         size = self.facts["fixed_batch"] or _PROBES
-        return {self.facts["input"]: normalised(self.dataset.images(self.positions[:size]), self.facts)}
+        return {self.facts["input"]: normalised(self.dataset.samples(self.positions[:size]), self.facts)}
 
     def _compared(self, keep: set[str]) -> dict[str, Any]:
         """The parity row of the graph quantized with `keep` left out."""

@@ -45,11 +45,11 @@ class Widths:
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.models.build import load_model
-        from edgekd.stages._common import open_dataset
+        from edgekd.stages._common import open_samples
 
         config, judge = settings.typed(Prune.Config), self.Config(**settings.facts["judge"])
         model, spec = load_model(inputs["model"])
-        scores = score(model, spec, open_dataset(inputs["data"], ctx), settings, config)
+        scores = score(model, spec, open_samples(inputs["data"], ctx), settings, config)
         with tempfile.TemporaryDirectory() as folder:
             found = _Candidates(model, spec, scores, config, judge, Path(folder), ctx).search()
         write_decision(out, found | _judged(found, judge.gate))
@@ -168,7 +168,7 @@ class _Candidates:
         from edgekd.export.onnx import export_onnx
 
         path = self.folder / f"{name}.onnx"
-        if not export_onnx(model, self.spec.image_size, path)["dynamic_batch"]:
+        if not export_onnx(model, self.spec.shape, path)["dynamic_batch"]:
             self.batch = 1
         return path
 
@@ -181,10 +181,10 @@ class _Candidates:
     def _feeds(self) -> dict[str, Any]:
         import numpy as np
 
-        from edgekd.export.onnx import INPUT
+        from edgekd.export.onnx import input_of
 
-        side = self.spec.image_size
-        return {INPUT: np.random.default_rng(0).standard_normal((self.batch, 3, side, side), dtype=np.float32)}
+        shape = self.spec.shape
+        return {input_of(shape): np.random.default_rng(0).standard_normal((self.batch, *shape), dtype=np.float32)}
 
 
 def _known(value: float | None) -> float:

@@ -40,7 +40,10 @@ class Task(Protocol):
     def confusion(self, outputs: Floats, labels: Ints, classes: int) -> list[list[int]] | None:
         """Counts by true row and decided column, or None where the task has none."""
 
-    # Six more, which a task may leave out:
+    # Nine more, which a task may leave out:
+    #   samples: what its samples are called; default: images
+    #   template: the file of edgekd/templates that a bundle gets as its predict.py; default: predict.py
+    #   learns: stage of a recipe -> the stage that does it for these samples; default: the same
     #   measures: what `metric_name` counts, in words; default: accuracy
     #   without_labels() -> Task: the same task where labels are a teacher's decisions, so that the metric is agreement with it
     #   clear(outputs, room) -> (n,) bool: the samples whose answer stays when every output is off by `room`; agreement is judged on these

@@ -215,6 +215,14 @@ class Cuda:
         return stream
 
 
+def prepared(stored: Any, settings: dict[str, Any]) -> np.ndarray:
+    """The sample inputs as the model takes them: images are normalised, rows of features are as they are."""
+    if "features" in settings:
+        return np.ascontiguousarray(stored["rows"], np.float32)
+    mean, std = np.asarray(settings["mean"], np.float32), np.asarray(settings["std"], np.float32)
+    return np.ascontiguousarray(((stored["pixels"].astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+
+
 def run(trt: Any, plan: bytes, bundle: dict[str, Any], cuda: Cuda) -> dict[str, Any]:
     """Outputs of the sample images against the stored ones, then latency of one inference without copies."""
     logger = trt.Logger(trt.Logger.ERROR)
@@ -225,11 +233,9 @@ def run(trt: Any, plan: bytes, bundle: dict[str, Any], cuda: Cuda) -> dict[str, 
         sys.exit("the engine was built but does not load on this GPU")
     context, stream = engine.create_execution_context(), cuda.stream()
     with np.load(HERE / "samples.npz") as stored:
-        pixels, wanted = stored["pixels"], stored["outputs"]
-    settings, size = bundle["preprocess"], bundle["fixed_batch"] or bundle["build"]["batch"]
-    mean, std = np.asarray(settings["mean"], np.float32), np.asarray(settings["std"], np.float32)
-    images = np.ascontiguousarray(((pixels.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
-    x = np.ascontiguousarray(np.repeat(images[:1], size, axis=0))
+        inputs, wanted = prepared(stored, bundle["preprocess"]), stored["outputs"]
+    size = bundle["fixed_batch"] or bundle["build"]["batch"]
+    x = np.ascontiguousarray(np.repeat(inputs[:1], size, axis=0))
     y = np.empty((size,) + wanted.shape[1:], np.float32)
     held = {bundle["input"]: cuda.memory(x.nbytes), bundle["output"]: cuda.memory(y.nbytes)}
     context.set_input_shape(bundle["input"], x.shape)
@@ -245,8 +251,8 @@ def run(trt: Any, plan: bytes, bundle: dict[str, Any], cuda: Cuda) -> dict[str, 
         cuda.call("cudaStreamSynchronize", stream)
 
     answers = []
-    for image in images:
-        x[:] = image
+    for one in inputs:
+        x[:] = one
         cuda.copy(held[bundle["input"]], x.ctypes.data_as(ctypes.c_void_p), x.nbytes, HOST_TO_DEVICE)
         infer()
         cuda.copy(y.ctypes.data_as(ctypes.c_void_p), held[bundle["output"]], y.nbytes, DEVICE_TO_HOST)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from edgekd.config import no_key
+from edgekd.config import Config, no_key
 from edgekd.data.config import AugmentConfig
 from edgekd.train.speed import SpeedConfig
 
@@ -14,15 +14,16 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainConfig(SpeedConfig):
-    """How weights are learned; the defaults suit a small CNN on a small dataset."""
+class LearnConfig(Config):
+    """What every training has, whatever its samples are."""
 
     epochs: int = Field(10, ge=1, le=10_000, description="passes over the training split")
-    batch_size: int = Field(64, ge=1, le=65_536, description="images per optimizer step and accumulation part")
-    optimizer: Literal["adamw", "sgd", "dot"] = Field(
-        "adamw", description="AdamW, SGD with Nesterov momentum, or SGD with a momentum for each loss (DOT)"
+    optimizer: Literal["adamw", "adam", "sgd", "dot"] = Field(
+        "adamw",
+        description="AdamW, Adam with decay in the gradient, SGD with Nesterov momentum, or SGD with a momentum for each loss (DOT)",
     )
     lr: Positive = Field(1e-3, description="peak learning rate")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="how the learning rate goes after the warm-up")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     weight_decay: float = Field(0.05, ge=0, description="decay of matrices and kernels; norms and biases have none")
     momentum: Fraction = Field(0.9, description="SGD momentum")
@@ -32,6 +33,22 @@ class TrainConfig(SpeedConfig):
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
     clip_grad: float = Field(0.0, ge=0, description="largest gradient norm; 0 does not clip")
     accumulate: int = Field(1, ge=1, le=1024, description="batches per optimizer step")
+    keep: Literal["last", "best"] = Field("last", description="which weights are kept: the last, or the best on val")
+    evaluations: int = Field(10, ge=1, le=10_000, description="how often val is evaluated, evenly spread over the epochs")
+    patience: int = Field(0, ge=0, description="epochs without a better metric on val after which training ends; 0: never")
+    log_seconds: float = no_key(0.5, "how often the progress line is refreshed", gt=0)
+
+    @model_validator(mode="after")
+    def _momenta_are_fractions(self) -> Self:
+        if self.optimizer == "dot" and not self.dot_delta <= self.momentum < 1 - self.dot_delta:
+            raise ValueError(f"momentum {self.momentum:g} with dot_delta {self.dot_delta:g} leaves the range from 0 to 1")
+        return self
+
+
+class TrainConfig(SpeedConfig, LearnConfig):
+    """How weights are learned from images; the defaults suit a small CNN on a small dataset."""
+
+    batch_size: int = Field(64, ge=1, le=65_536, description="images per optimizer step and accumulation part")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="augmentation of training batches")
     views: int = Field(
         0,
@@ -45,20 +62,11 @@ class TrainConfig(SpeedConfig):
         le=4096,
         description="with views and many classes: of a teacher's answer, so many classes are kept, drawn without bias; 0: all",
     )
-    keep: Literal["last", "best"] = Field("last", description="which weights are kept: the last, or the best on val")
-    evaluations: int = Field(10, ge=1, le=1000, description="how often val is evaluated, evenly spread over the epochs")
-    log_seconds: float = no_key(0.5, "how often the progress line is refreshed", gt=0)
 
     @model_validator(mode="after")
     def _mixed_images_are_new(self) -> TrainConfig:
         if self.views and (self.augment.mixup or self.augment.cutmix):
             raise ValueError("views repeat, and mixup and cutmix make new images at every step: leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _momenta_are_fractions(self) -> TrainConfig:
-        if self.optimizer == "dot" and not self.dot_delta <= self.momentum < 1 - self.dot_delta:
-            raise ValueError(f"momentum {self.momentum:g} with dot_delta {self.dot_delta:g} leaves the range from 0 to 1")
         return self
 
     @property
@@ -68,3 +76,24 @@ class TrainConfig(SpeedConfig):
         if augment.mixup or augment.cutmix:
             return 0
         return self.views or (1 if augment.policy == "none" and not augment.erase else 0)
+
+
+class NodeTrainConfig(LearnConfig):
+    """How weights are learned from a graph; the defaults are those of the papers' code for small ones (methods of GLNN, FF-G2M and KRD)."""
+
+    epochs: int = Field(500, ge=1, le=100_000, description="passes over the nodes")
+    batch_size: int = Field(0, ge=0, le=10_000_000, description="nodes per optimizer step; 0: all at once")
+    neighbours: int = Field(
+        10, ge=1, le=10_000, description="with batch_size: neighbours of a node that are looked at, drawn anew each time"
+    )
+    optimizer: Literal["adamw", "adam", "sgd", "dot"] = Field("adam", description="Adam with decay in the gradient, AdamW, SGD, or DOT")
+    lr: Positive = Field(0.01, description="learning rate")
+    schedule: Literal["cosine", "constant"] = Field("constant", description="how the learning rate goes after the warm-up")
+    weight_decay: float = Field(5e-4, ge=0, description="decay of matrices; norms and biases have none")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up, at most a tenth of the epochs")
+    keep: Literal["last", "best"] = Field("best", description="which weights are kept: the last, or the best on val")
+    evaluations: int = Field(10_000, ge=1, le=100_000, description="how often val is evaluated, evenly spread over the epochs")
+    patience: int = Field(50, ge=0, description="epochs without a better metric on val after which training ends; 0: never")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: rare classes count as much as frequent ones in the label loss"
+    )

@@ -1,4 +1,4 @@
-"""The one training loop: train, distill, recover and every later stage that learns.
+"""The one training loop: train, distill, recover and every later stage that learns, from images (train/images.py) or from a graph (graph/_run.py).
 
 Exactness: no state outside the checkpoint. Order, augmentation, mixing and dropout are drawn from (seed, purpose, epoch or step), so a run
 killed anywhere continues to the same bytes.
@@ -7,94 +7,43 @@ killed anywhere continues to the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from edgekd.data.augment import augment, mix_batch
-from edgekd.data.loader import batches, epoch_order
-from edgekd.data.rng import seed_of
 from edgekd.errors import TrainingDiverged
 from edgekd.train import checkpoint
-from edgekd.train.compiled import Compiled
-from edgekd.train.config import TrainConfig
-from edgekd.train.distiller import Batch, Outputs
-from edgekd.train.evaluate import logits_of
 from edgekd.train.memory import kept_memory
 from edgekd.train.optim import Average, Dot, learning_rate, make_optimizer
-from edgekd.train.ranks import WholeBatchNorm
-from edgekd.train.speed import Speed
-from edgekd.train.views import View
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edgekd.context import Context
-    from edgekd.data.dataset import Dataset
-    from edgekd.data.loader import Batch as DataBatch
     from edgekd.models.spec import ModelSpec
-    from edgekd.models.taps import TappedModel
-    from edgekd.tasks._task import Task
-    from edgekd.train.answers import Answers
-    from edgekd.train.black_box import BlackBox
-    from edgekd.train.distiller import Distiller
     from edgekd.train.ranks import Ranks
+    from edgekd.train.speed import Speed
 
 _CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = 10.0, 0.02  # at least so far apart, and at most this part of the time
 
 
-@dataclass
-class Teacher:
-    """The frozen model that is imitated, with its own view of the images."""
-
-    model: nn.Module
-    view: View
-    speed: Speed
-    tapped: TappedModel | None = None
-    batch: int = 0  # images in the batches that a compiled teacher is for
-
-    @cached_property
-    def forward(self) -> Callable[[Tensor], Any]:
-        """The model, with its taps where there are some, as `speed` says that it runs."""
-        run = self.tapped or self.model
-        return Compiled(run, self.batch, frozen=True) if self.speed.compiled else run
-
-    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Outputs:
-        """Outputs for images in [0, 1]; fp32 whatever the autocast. `index` and `epoch` are for teachers whose answers are kept."""
-        kind = images.device.type
-        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.speed.autocast):
-            seen = self.forward(self.view(images))
-        return Outputs.of(
-            *(seen if self.tapped else (seen,)), copy=True
-        )  # ordinary tensors: inference tensors cannot be saved for a backward pass
-
-
-@dataclass
-class Job:
-    """One training run."""
+class Lesson(Protocol):
+    """What there is to learn, and how: one training. Its kind of samples is that of the run that it starts."""
 
     name: str
     model: nn.Module
     spec: ModelSpec
-    dataset: Dataset
-    task: Task
-    cfg: TrainConfig
+    cfg: Any  # a LearnConfig
     seed: int
     work: Path
-    speed: Speed = field(default_factory=Speed)
-    distiller: Distiller | None = None
-    label_weight: float = 1.0
-    teacher: Teacher | Answers | BlackBox | None = None
-    tapped: TappedModel | None = None  # the student with hooks, where the distiller needs features
-    projectors: nn.Module | None = None
-    device: str = "cpu"
+    speed: Speed
+    projectors: nn.Module | None
+    device: str
+
+    def start(self, ranks: Ranks | None) -> Run: ...
 
 
 @dataclass
@@ -109,12 +58,12 @@ class Trained:
     refused: str = ""  # why a model that should have been compiled was not
 
 
-def fit(job: Job, ctx: Context) -> Trained:
+def fit(job: Lesson, ctx: Context) -> Trained:
     """Trains to the end, continuing from a checkpoint in `job.work` if there is one.
 
     Raises TrainingDiverged for a term that is not finite, Interrupted after a signal (checkpointed).
     """
-    run = _Run(job, ctx.ranks)
+    run = job.start(ctx.ranks)
     elsewhere = run.resume()
     if elsewhere:
         ctx.console.warn(
@@ -124,12 +73,12 @@ def fit(job: Job, ctx: Context) -> Trained:
         started, first, saved = time.monotonic(), run.step, time.monotonic()
         shown, pause = started, _CHECKPOINT_SECONDS
         for batch in run.remaining():
-            terms = run.train_step(batch.positions, batch.images)
+            terms = run.train_step(batch)
             if run.step == first + 1 and (refused := run.refused()):
                 ctx.console.warn(f"{job.name} runs uncompiled: {refused}")
             now = time.monotonic()
             if now - shown > job.cfg.log_seconds:
-                rate, shown = (run.step - first) * job.cfg.batch_size / (now - started), now
+                rate, shown = (run.step - first) * run.samples / (now - started), now
                 bar.update(run.step, **{n: f"{v:.3f}" for n, v in terms.items()}, rate=f"{rate:.0f}/s")
             if run.ranks:
                 ctx.stop.code = run.ranks.most(ctx.stop.code or 0) or None  # all stop after the same step
@@ -167,48 +116,52 @@ def _environment(device: str, ranks: Ranks | None) -> dict[str, str]:
     }
 
 
-class _Run:
-    """The state of one training: built from the job, overwritten by a checkpoint."""
+class Run:
+    """The state of one training: built from the job, overwritten by a checkpoint. What a batch is and what it teaches is for those who derive from it."""
 
-    def __init__(self, job: Job, ranks: Ranks | None = None):
+    def __init__(self, job: Lesson, per_epoch: int, samples: int, ranks: Ranks | None = None):
         self.job, cfg, self.ranks = job, job.cfg, ranks
-        if self.ranks:  # the statistics of batch norm are not in a compiled program
-            job.speed = replace(job.speed, compiled=False)
-            if isinstance(job.teacher, Teacher):
-                job.teacher.speed = replace(job.teacher.speed, compiled=False)
         layout = torch.channels_last if job.speed.channels_last else torch.contiguous_format
         self.model = job.model.to(job.device, memory_format=layout).train()  # type: ignore[call-overload]
-        run = job.tapped or self.model
-        self.forward: Callable[[Tensor], Any] = Compiled(run, cfg.batch_size) if job.speed.compiled else run
         self.trained = nn.ModuleList([m for m in (self.model, job.projectors) if m is not None]).to(job.device)
         self.optimizer = make_optimizer([self.trained], cfg)
         self.average = Average(self.model, cfg.ema) if cfg.ema else None
-        self.view = View(job.spec, channels_last=job.speed.channels_last, device=job.device)
-        self.positions = job.dataset.split("train")
-        self.per_epoch = max(len(self.positions) // cfg.batch_size, 1)
+        self.per_epoch, self.samples = per_epoch, samples  # batches, and what each of them holds
         self.total = self.per_epoch * cfg.epochs
         self.step = 0  # batches seen; the optimizer steps every `accumulate` of them
         self.curves: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self.sums: dict[str, float] = {}
         self.last_finite: dict[str, float] = {}
-        self.answer: Outputs | None = None  # the teacher's to the batch at hand
         self.elsewhere = ""  # what differed where it was resumed
 
-    # ------------------------------------------------------------------------------------------------ steps
-    def remaining(self) -> Iterator[DataBatch]:
-        """Batches from where the checkpoint stands, epoch after epoch."""
-        size = self.job.cfg.batch_size
-        while self.step < self.total:
-            epoch, done = divmod(self.step, self.per_epoch)
-            order = epoch_order(self.job.seed, epoch, self.positions)[done * size : self.per_epoch * size]
-            yield from batches(self.job.dataset, order, size)
+    # ------------------------------------------------------------------------------------------------ what samples there are
+    def remaining(self) -> Iterator[Any]:
+        """Batches from where the checkpoint stands, epoch after epoch, until `self.step` is `self.total`."""
+        raise NotImplementedError
 
-    def train_step(self, positions: NDArray[np.int64], images: Tensor) -> dict[str, float]:
+    def terms(self, batch: Any, epoch: int) -> dict[str, Tensor]:
+        """Named, weighted loss terms of one batch; the labels' is `label`."""
+        raise NotImplementedError
+
+    def val_metric(self, model: nn.Module) -> float | None:
+        """How good a model is on val; None where there is none."""
+        raise NotImplementedError
+
+    def teacher_fails(self) -> str:
+        """What to check where the teacher's last outputs were not finite; nothing where they were."""
+        return ""
+
+    def refused(self) -> str:
+        """Why the student or its teacher could not be compiled; nothing where that was not asked, or went well."""
+        return ""
+
+    # ------------------------------------------------------------------------------------------------ steps
+    def train_step(self, batch: Any) -> dict[str, float]:
         """One batch: loss terms, backward, and the optimizer where a group of `accumulate` ends."""
         cfg = self.job.cfg
         epoch = self.step // self.per_epoch
-        terms = self._terms(positions, images, epoch)
+        terms = self.terms(batch, epoch)
         values = self._checked(terms)
         self._backward(terms)
         self.step += 1
@@ -225,50 +178,18 @@ class _Run:
             self.optimizer.add_task(torch.autograd.grad(task, self.optimizer.parameters, retain_graph=bool(parts), allow_unused=True))
         if parts:
             loss = sum(parts.values(), start=torch.zeros((), device=self.job.device))
-            (loss / self.job.cfg.accumulate).backward()  # type: ignore[no-untyped-call]
-
-    def _terms(self, positions: NDArray[np.int64], images: Tensor, epoch: int) -> dict[str, Tensor]:
-        job, cfg = self.job, self.job.cfg
-        classes = len(job.dataset.classes)
-        index = torch.from_numpy(positions)
-        view = epoch % cfg.fixed_views if cfg.fixed_views else epoch
-        pixels = augment(images.to(job.device), index, cfg.augment, seed=job.seed, epoch=view)
-        target = job.task.collate(job.dataset.labels[positions], classes).to(job.device)
-        mixed = mix_batch(pixels, cfg.augment, seed=job.seed, step=self.step)
-        if mixed is not None:
-            pixels, target = mixed.images, job.task.mix(target, target[mixed.partner], mixed.share, classes)
-        part = self.ranks.share(len(pixels)) if self.ranks else slice(None)
-        student = self._whole(self._student(pixels[part]))
-        terms = {"label": job.label_weight * job.task.label_loss(student.logits, target, cfg.label_smoothing)}
-        if job.distiller is not None and job.teacher is not None:
-            progress, self.answer = self.step / max(self.total - 1, 1), self._whole(job.teacher(pixels[part], index[part], epoch))
-            terms |= job.distiller.terms(Batch(student, self.answer, target, index, progress))
-        return terms
-
-    def _student(self, pixels: Tensor) -> Outputs:
-        """What the student gives; dropout and drop-path are those of the step, and of the process."""
-        job, seed = self.job, seed_of(self.job.seed, "step", self.step)
-        torch.manual_seed(seed + (self.ranks.rank if self.ranks else 0))
-        whole = WholeBatchNorm(self.ranks.size) if self.ranks else nullcontext()
-        with torch.autocast(torch.device(job.device).type, torch.bfloat16, enabled=job.speed.autocast), whole:
-            seen = self.forward(self.view(pixels))
-        if self.ranks:
-            torch.manual_seed(seed)  # what a loss draws is the same everywhere
-        return Outputs.of(*(seen if job.tapped else (seen,)))
-
-    def _whole(self, part: Outputs) -> Outputs:
-        return self.ranks.whole(part) if self.ranks else part
+            (loss / self.job.cfg.accumulate).backward()
 
     def _checked(self, terms: dict[str, Tensor]) -> dict[str, float]:
         values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
         for name, value in values.items():
             if not _finite(value):
-                if self.answer is not None and not bool(self.answer.logits.isfinite().all()):
+                if hint := self.teacher_fails():
                     raise TrainingDiverged(
                         f"the teacher's outputs are not finite at step {self.step}",
                         where=self.job.name,
                         expected="finite outputs",
-                        hint=f"check its weights, teacher.mean and teacher.std; if it answers in bf16: -o {self.job.name}.autocast=off",
+                        hint=hint,
                     )
                 rate = self._rate(self.step)
                 before = self.last_finite.get(name)
@@ -319,11 +240,6 @@ class _Run:
             hint=f"lower the rate, or turn bf16 off: -o {self.job.name}.lr={self.job.cfg.lr / 3:.2g} -o {self.job.name}.autocast=off",
         )
 
-    def refused(self) -> str:
-        """Why the student or its teacher could not be compiled; nothing where that was not asked, or went well."""
-        teacher = self.job.teacher.forward if isinstance(self.job.teacher, Teacher) else None
-        return next((f.refused for f in (self.forward, teacher) if isinstance(f, Compiled) and f.refused), "")
-
     # ------------------------------------------------------------------------------------------------ logging and val
     def _log(self, values: dict[str, float], epoch: int) -> None:
         for name, value in values.items():
@@ -335,19 +251,21 @@ class _Run:
         row = {"step": self.step, "epoch": epoch + 1, "loss": sum(terms.values()), "terms": terms, "lr": rate, "val_metric": None}
         evaluations, epochs = self.job.cfg.evaluations, self.job.cfg.epochs
         if (epoch + 1) * evaluations // epochs > epoch * evaluations // epochs:
-            row["val_metric"] = self._validate()
+            row["val_metric"] = self._validate(epoch)
         self.curves.append(row)
         self.sums = {}
 
-    def _validate(self) -> float | None:
-        job, positions = self.job, self.job.dataset.split("val")
-        if not len(positions):
+    def _validate(self, epoch: int) -> float | None:
+        """The metric on val; the best weights so far are kept where that is asked for, and after too long without better ones the training ends."""
+        cfg, model = self.job.cfg, self.average.model if self.average else self.model
+        metric = self.val_metric(model)
+        if metric is None:
             return None
-        model = self.average.model if self.average else self.model
-        outputs = logits_of(model, self.view, job.dataset, positions, device=job.device)
-        metric = float(job.task.metrics(outputs, job.dataset.labels[positions], None)[job.task.metric_name])
-        if job.cfg.keep == "best" and metric > self.best.get("metric", float("-inf")):
-            self.best = {"metric": metric, "state": {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}}
+        if metric >= self.best.get("metric", float("-inf")):  # of equals the latest, which has learned for longer
+            state = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()} if cfg.keep == "best" else {}
+            self.best = {"metric": metric, "epoch": epoch, "state": state}
+        elif cfg.patience and epoch - self.best["epoch"] >= cfg.patience:
+            self.total = self.step
         return metric
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -361,6 +279,7 @@ class _Run:
             "average": self.average.model.state_dict() if self.average else {},
             "gradients": {n: p.grad for n, p in self.trained.named_parameters() if p.grad is not None},
             "step": self.step,
+            "total": self.total,
             "curves": self.curves,
             "best": self.best,
             "sums": self.sums,
@@ -384,21 +303,20 @@ class _Run:
         for name, parameter in self.trained.named_parameters():
             if name in state["gradients"]:
                 parameter.grad = state["gradients"][name].to(parameter.device)
-        self.step, self.curves, self.best, self.sums = state["step"], state["curves"], state["best"], state["sums"]
+        self.step, self.total = state["step"], state["total"]
+        self.curves, self.best, self.sums = state["curves"], state["best"], state["sums"]
         return found
 
     def finish(self) -> Trained:
         """The kept weights, on the CPU, in eval mode."""
-        if self.job.tapped:
-            self.job.tapped.close()
         model = self.average.model if self.average else self.model
-        if self.best:
+        if self.best.get("state"):
             model.load_state_dict(self.best["state"])
         kept = model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
         for name, tensor in kept.state_dict().items():
             if not bool(tensor.isfinite().all()):  # what would be published could not be read again
                 raise TrainingDiverged(f"'{name}' is not finite at the end", where=self.job.name, expected="finite weights")
-        return Trained(kept, self.curves, self.total, self.total * self.job.cfg.batch_size, self.elsewhere, self.refused())
+        return Trained(kept, self.curves, self.total, self.total * self.samples, self.elsewhere, self.refused())
 
 
 def _finite(value: float) -> bool:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from edgekd.train.config import TrainConfig
+from edgekd.train.config import LearnConfig
 
 
-def make_optimizer(modules: Iterable[nn.Module], cfg: TrainConfig) -> Optimizer:
-    """AdamW or Nesterov SGD; vectors (norms, biases) are not decayed."""
+def make_optimizer(modules: Iterable[nn.Module], cfg: LearnConfig) -> Optimizer:
+    """Vectors (norms, biases) are not decayed."""
     params = [p for m in modules for p in m.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": cfg.weight_decay},
@@ -25,7 +25,7 @@ def make_optimizer(modules: Iterable[nn.Module], cfg: TrainConfig) -> Optimizer:
         return Dot(groups, lr=cfg.lr, momentum=cfg.momentum, delta=cfg.dot_delta)
     if cfg.optimizer == "sgd":
         return SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, foreach=True)
-    return AdamW(groups, lr=cfg.lr, foreach=True)
+    return (Adam if cfg.optimizer == "adam" else AdamW)(groups, lr=cfg.lr, foreach=True)
 
 
 class Dot(Optimizer):
@@ -94,11 +94,13 @@ class Dot(Optimizer):
         state.pop("task", None)
 
 
-def learning_rate(cfg: TrainConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from lr to min_lr."""
+def learning_rate(cfg: LearnConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then lr, or a cosine from it to min_lr."""
     warm = min(cfg.warmup_epochs / cfg.epochs, 0.1) * steps
     if step < warm:
         return cfg.lr * (step + 1) / (warm + 1)
+    if cfg.schedule == "constant":
+        return cfg.lr
     done = (step - warm) / max(steps - warm, 1)
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -14,7 +14,7 @@ from edgekd.data.loader import batches
 from edgekd.errors import UsageError
 from edgekd.models.taps import TappedModel, classifier_of, family, stage_taps
 from edgekd.train.distiller import Side, black_box_lack
-from edgekd.train.loop import Job, Teacher
+from edgekd.train.images import Job, Teacher
 from edgekd.train.views import View
 
 if TYPE_CHECKING:

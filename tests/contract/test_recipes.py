@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.graphs import save_planetoid
 from tests.support import REPOSITORY, run_here, write_images
 
 CODE = REPOSITORY / "recipes" / "cifar10" / "resnet_cifar.py"
@@ -42,9 +43,12 @@ def test_every_recipe_says_what_it_is_for() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_loads_and_plans_by_name_and_by_path(name: str, inputs: tuple[Path, Path], home: Path) -> None:
     data, weights = inputs
-    bare = name in ("quickstart", "distill/assistant") or "digits" in name  # needs no data
+    bare = name in ("quickstart", "distill/assistant", "graph/quickstart") or "digits" in name  # needs no data
     changes = () if bare else ("--code", CODE, "-o", f"data.root={data}", "-o", f"teacher.weights={weights}")
     changes += ("-o", f"model.weights={weights}") if "low-bits" in name else ()
+    if name == "graph/cora-krd":
+        save_planetoid(data.parent / "planetoid")
+        changes = ("-o", f"data.root={data.parent / 'planetoid'}", "-o", "data.name=toy")
     if name in BLACK_BOXES:
         changes = ("-o", f"data.root={data}", *(part for c in BLACK_BOXES[name] for part in ("-o", c.format(weights))))
     for how in (name, REPOSITORY / "recipes" / f"{name}.yaml"):
@@ -55,6 +59,8 @@ def test_every_recipe_loads_and_plans_by_name_and_by_path(name: str, inputs: tup
         chain = {"distill", "prune", "recover", "quantize"}
         if "low-bits" in name or name in BLACK_BOXES or "digits" in name:
             chain = {"quantize.train", "quantize"} if "low-bits" in name else {"distill"} if "digits" in name else {"distill", "quantize"}
+        if name == "graph/cora-krd":
+            chain = {"distill", "quantize", "teacher.answers"}
         if name == "distill/assistant":
             chain = {"distill", "assistant", "distill.assisted"}
         assert {"data", "preflight", "teacher", "host.bundle"} | chain <= set(steps)

@@ -18,13 +18,16 @@ from edgekd import registry
 from edgekd.artifact import Kind
 from edgekd.config import Config
 from edgekd.errors import UnknownName, UsageError
+from edgekd.graph._distiller import NEEDS as GRAPH_NEEDS
 from edgekd.stages._stage import Settings
 from edgekd.train.distiller import NEEDS
 
 PACKAGE = Path(edgekd.__file__).parent
 MEMBERS = [(kind, name) for kind in registry.FOLDERS for name in registry.names(kind)]
-ALGORITHMS = [(kind, name) for kind, name in MEMBERS if kind in ("distill", "criterion", "quantize")]
-CONFIGURED = [(kind, name) for kind, name in MEMBERS if kind in ("distill", "criterion", "quantize", "stage")]
+ALGORITHMS = [(kind, name) for kind, name in MEMBERS if kind in ("distill", "criterion", "quantize", "graph_distill")]
+CONFIGURED = [
+    (kind, name) for kind, name in MEMBERS if kind in ("distill", "criterion", "quantize", "graph_distill", "architecture", "stage")
+]
 STAGES = registry.names("stage")
 USER_STAGES = [n for n in STAGES if hasattr(registry.load("stage", n), "method_kind") and getattr(registry.load("stage", n), "user", False)]
 METHODS: dict[str, set[str]] = {  # what each kind's Protocol asks for
@@ -34,6 +37,9 @@ METHODS: dict[str, set[str]] = {  # what each kind's Protocol asks for
     "backend": {"available", "builds", "builds_for", "Options", "runs_on", "version", "convert", "open", "name", "suffix"},
     "task": {"collate", "mix", "label_loss", "scores", "metrics", "agreement", "confusion", "postprocess", "metric_name"},
     "format": {"scan", "read", "image"},
+    "graph": {"files", "read"},
+    "graph_distill": {"setup", "terms", "needs", "Config"},
+    "architecture": {"create", "looks_at", "Config"},
     "stage": {"run", "takes", "gives", "version", "libraries", "Config"},
     "transport": {"ask", "name"},
 }
@@ -109,6 +115,13 @@ def test_what_a_distiller_needs_is_known_to_the_loop(name: str) -> None:
     cls = registry.load("distill", name)
     assert cls.needs <= NEEDS
     assert isinstance(cls.co_trains, bool)
+    assert "label_weight" in cls.Config.model_fields
+
+
+@pytest.mark.parametrize("name", registry.names("graph_distill"))
+def test_what_a_distiller_of_graphs_needs_is_known_to_the_training(name: str) -> None:
+    cls = registry.load("graph_distill", name)
+    assert cls.needs <= GRAPH_NEEDS
     assert "label_weight" in cls.Config.model_fields
 
 

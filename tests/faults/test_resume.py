@@ -39,14 +39,14 @@ def train(settings: dict[str, Any], data: Path, work: Path, told: int) -> None:
     from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
     from edgekd.tasks.classification import Classification
-    from edgekd.train import loop
+    from edgekd.train import images, loop
     from edgekd.train.config import TrainConfig
 
     own = dict(settings)
     loop._CHECKPOINT_SECONDS, method, heard = own.pop("seconds"), own.pop("distill", None), own.pop("listen", None)
     cfg = TrainConfig(epochs=12, batch_size=8, log_seconds=1e-9, **own)
     spec = ModelSpec(arch="tiny", num_classes=10, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, timm="none")
-    job = loop.Job("tiny", _net(0), spec, Dataset.open(data), Classification(), cfg, 0, work)
+    job = images.Job("tiny", _net(0), spec, Dataset.open(data), Classification(), cfg, 0, work)
     if method:
         _teach(job, method)
     if heard:
@@ -69,7 +69,7 @@ def _net(seed: int) -> Any:
 
 def _teach(job: Any, method: str) -> None:
     from edgekd import registry
-    from edgekd.train.loop import Speed, Teacher
+    from edgekd.train.images import Speed, Teacher
     from edgekd.train.pair import teach
     from edgekd.train.views import View
 

@@ -18,7 +18,7 @@ from edgekd.errors import TrainingDiverged
 from edgekd.models.spec import ModelSpec
 from edgekd.train.answers import ABOUT, ANSWERS, About, Answers, Writer, draw, estimate
 from edgekd.train.config import TrainConfig
-from edgekd.train.loop import Speed, Teacher
+from edgekd.train.images import Speed, Teacher
 from edgekd.train.views import View
 
 POSITIONS = np.array([1, 4, 5, 9, 12])

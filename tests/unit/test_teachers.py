@@ -29,7 +29,8 @@ from edgekd.stages._stage import DECISION, Settings
 from edgekd.stages.preflight import Preflight, Probe
 from edgekd.tasks.classification import Classification
 from edgekd.train.config import TrainConfig
-from edgekd.train.loop import Job, Speed, Teacher, fit
+from edgekd.train.images import Job, Speed, Teacher
+from edgekd.train.loop import fit
 from edgekd.train.pair import teach
 from edgekd.train.views import View
 from tests.support import Result, run_here, write_images

@@ -33,7 +33,8 @@ from edgekd.stages.quantize_train import seen
 from edgekd.tasks.classification import Classification
 from edgekd.train import checkpoint
 from edgekd.train.config import TrainConfig
-from edgekd.train.loop import Job, Speed, Teacher, Trained, fit
+from edgekd.train.images import Job, Speed, Teacher
+from edgekd.train.loop import Trained, fit
 from edgekd.train.optim import Average, learning_rate, make_optimizer
 from edgekd.train.pair import teach
 from edgekd.train.views import View
@@ -358,11 +359,11 @@ def scripted(values: list[float]) -> Classification:
 def test_the_best_weights_on_val_are_kept_where_asked(dataset: Dataset, tmp_path: Path, keep: str, epoch: int) -> None:
     states: dict[int, dict[str, bytes]] = {}
     job = make_job(dataset, tmp_path, settings(epochs=4, keep=keep))
-    job.task = scripted([0.3, 0.8, 0.5, 0.8])  # the first of equals is kept
+    job.task = scripted([0.8, 0.8, 0.5, 0.3])  # of equals the latest is kept
     trained = train(job, lambda step: states.update({step: weights(job.model)}))
     assert weights(trained.model) == states[2 * epoch]
     assert states[4] != states[8]
-    assert [row["val_metric"] for row in trained.curves] == [0.3, 0.8, 0.5, 0.8]
+    assert [row["val_metric"] for row in trained.curves] == [0.8, 0.8, 0.5, 0.3]
     assert not trained.model.training
 
 

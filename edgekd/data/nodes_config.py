@@ -1,0 +1,60 @@
+"""NodesConfig: a graph whose nodes are samples. Where it lies, how its edges are read, and which nodes are trained on, decided on and tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from edgekd.config import Config, no_key
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class NodeSplitConfig(Config):
+    """Which nodes are train, val and test; those of none of them are seen without their labels."""
+
+    by: Literal["auto", "given", "class", "time"] = Field(
+        "auto",
+        description="given: as the files say; class: so many of each class by seed; time: the earliest train; auto: given where it is",
+    )
+    file: Path | None = no_key(None, "masks or positions named train, val and test, .npz; instead of what the data say")
+    train: int = Field(20, ge=1, description="by class: training nodes of each class")
+    val: int = Field(30, ge=1, description="by class: nodes of each class for decisions; all others are test")
+    val_part: Fraction = Field(0.15, description="by time: the part of the labelled nodes after train")
+    test_part: Fraction = Field(0.15, description="by time: the last part")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="by class: default: the recipe's seed")
+    largest_component: bool = Field(False, description="keep the largest connected part of the graph only")
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> NodeSplitConfig:
+        if self.val_part + self.test_part > 0.9:
+            raise ValueError("val_part and test_part together take more than 0.9 of the nodes; at least 0.1 must be left to train on")
+        return self
+
+
+class NodesConfig(Config):
+    """The graph of a recipe."""
+
+    format: str = Field(description="how the graph lies on disk; a file name in data/graphs")
+    # The content's hash is in the keys instead, so the files may move without a rebuild.
+    root: Path | None = no_key(None, "folder of the graph, or its file")
+    name: str | None = Field(None, pattern=r"^[\w.-]{1,64}$", description="which graph, where the folder may hold several: cora, citeseer")
+    edges: Literal["undirected", "directed"] = Field(
+        "undirected", description="undirected: an edge counts both ways, whichever of the two the files list"
+    )
+    features: Literal["auto", "rows", "raw"] = Field(
+        "auto", description="rows: divided by their sum; raw: as they are; auto: what the format's tables were made with"
+    )
+    setting: Literal["transductive", "inductive"] = Field(
+        "transductive", description="inductive: test nodes and their edges are unseen while training"
+    )
+    hidden: Annotated[float, Field(gt=0, le=1, description="inductive: the part of the test nodes that is unseen; the rest is seen")] = 1.0
+    split: NodeSplitConfig = Field(default_factory=NodeSplitConfig, description="which nodes are train, val and test")
+
+    @model_validator(mode="after")
+    def _hides_where_asked(self) -> NodesConfig:
+        if self.setting == "transductive" and "hidden" in self.model_fields_set:
+            raise ValueError("nothing is hidden in the transductive setting; leave it out, or set setting: inductive")
+        return self

@@ -1,0 +1,1 @@
+"""Distillation of graph models into models of rows: one method a file."""

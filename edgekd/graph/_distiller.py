@@ -1,0 +1,63 @@
+"""What a distiller of graphs is to the training: its settings, what it needs beside logits, and its loss terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import Field
+
+from edgekd.config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# edges: those of the batch's nodes; ends: what the student says of the nodes at their other end; decisions: what the student, in eval mode, says of all
+# seen nodes at the start of an epoch; noise: the teacher's entropies with noise on the features.
+NEEDS = frozenset({"edges", "ends", "decisions", "noise"})
+
+
+class GraphDistillConfig(Config):
+    """What every distiller of graphs has: how the loss is shared between the labels and the method."""
+
+    label_weight: float = Field(0.0, ge=0, le=1, description="share of the label loss (lambda of the papers); the method has the rest")
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What there is to learn from, before training."""
+
+    logits: Tensor  # (seen nodes, classes) of the teacher, calibrated
+    noisy_entropy: Tensor | None = None  # (seen nodes,) of its answers to noisy features, where asked for
+
+
+@dataclass
+class NodeBatch:
+    """One training batch. Nodes are counted among the seen ones."""
+
+    student: Tensor  # (own nodes and, where asked for, ends of edges; classes)
+    nodes: Tensor  # (rows of `student`,) which node each row is; the first `own` are the batch's own
+    own: int
+    teacher: Tensor  # (seen nodes, classes) logits
+    edges: Tensor | None  # (2, edges): row of the node in `student`, and the node that it reads from; without loops
+    ends: Tensor | None  # (edges,) row of the other end in `student`, where asked for
+    decisions: Tensor | None  # (seen nodes, classes) what the student says in eval mode, at the start of an epoch that is not the first
+    epoch: int
+    progress: float  # 0 at the first step, 1 at the last
+
+
+class GraphDistiller(Protocol):
+    """A method: one file of `edgekd/graph`, registered with `@register("graph_distill")`."""
+
+    Config: ClassVar[type[GraphDistillConfig]]
+    needs: ClassVar[frozenset[str]]  # subset of NEEDS
+
+    config: Any
+
+    def __init__(self, config: Any) -> None: ...
+
+    def setup(self, teaching: Teaching) -> nn.Module | None:
+        """What is kept, and perhaps trained, beside the student; dropped before export."""
+
+    def terms(self, batch: NodeBatch) -> dict[str, Tensor]:
+        """Named, weighted loss terms; the training adds them to the label loss."""
