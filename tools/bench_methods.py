@@ -130,10 +130,16 @@ def run(name: str, protocol: Protocol, args: argparse.Namespace) -> None:
     )
     (out / "sweep.csv").replace(OUT / f"{name}.csv")
     against_kd = {r["variant"]: r for r in compare(found["rows"], "kd")} if "kd" in methods else {}
-    text = table(protocol, accuracy, found, against_kd, refused, " ".join(["python tools/bench_methods.py", *sys.argv[1:]]))
+    text = table(protocol, accuracy, found, against_kd, refused, " ".join(["python tools/bench_methods.py", *shown(sys.argv[1:])]))
     (OUT / f"{name}.md").write_text(text, encoding="utf-8")
     (OUT / f"{name}.svg").write_text(plot(protocol.words, found["comparison"]), encoding="utf-8")
     print(text)
+
+
+def shown(arguments: list[str]) -> list[str]:
+    """The command line without the places of this machine."""
+    places = {"--data": "FOLDER", "--weights": "FILE"}
+    return [places.get(before, word) for before, word in zip(["", *arguments], arguments, strict=False)]
 
 
 def table(
