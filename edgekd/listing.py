@@ -12,7 +12,7 @@ from edgekd import registry
 from edgekd.errors import UnknownName, UsageError, suggest
 
 COSTS = Path(__file__).parent / "distill" / "costs.json"  # measured and written by tools/bench_costs.py
-_METHOD_KINDS = ("distill", "criterion", "quantize", "format", "backend", "task")
+_METHOD_KINDS = ("distill", "graph_distill", "architecture", "criterion", "quantize", "format", "graph", "backend", "task")
 
 
 def list_recipes() -> list[dict[str, Any]]:
@@ -51,14 +51,17 @@ def show_device(name: str) -> dict[str, Any]:
 
 def list_methods(kind: str | None = None) -> list[dict[str, Any]]:
     """Methods: kind, name and the first line of the file's docstring."""
-    if kind in ("architectures", "architecture", "arch"):
+    if kind in ("architectures", "architecture", "arch"):  # of nodes, then of images
         from edgekd.models.names import architectures
 
-        return [{"kind": "architecture", "name": n, "about": ""} for n in sorted(architectures())]
+        return _rows("architecture") + [{"kind": "architecture", "name": n, "about": ""} for n in sorted(architectures())]
     if kind is not None and kind not in _METHOD_KINDS:
         raise UnknownName(f"unknown kind '{kind}'{suggest(kind, _METHOD_KINDS)}")
-    kinds = (kind,) if kind else _METHOD_KINDS
-    return [{"kind": k, "name": n, "about": _doc(k, n).partition("\n")[0]} for k in kinds for n in registry.names(k)]
+    return [row for k in ((kind,) if kind else _METHOD_KINDS) for row in _rows(k)]
+
+
+def _rows(kind: str) -> list[dict[str, Any]]:
+    return [{"kind": kind, "name": n, "about": _doc(kind, n).partition("\n")[0]} for n in registry.names(kind)]
 
 
 def show_method(name: str) -> dict[str, Any]:

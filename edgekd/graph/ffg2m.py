@@ -1,5 +1,6 @@
-"""ffg2m: neighbours' answers are targets as well (low frequencies), and how answers differ along an edge is imitated (high frequencies).
+"""Neighbours' answers are targets as well (low frequencies), and how answers differ along an edge is imitated (high frequencies).
 
+When: citation graphs, where neighbours agree; nearly all of its gain is the low part.
 Source: Wu, Lin, Huang, Fan, Li, Extracting Low-/High-Frequency Knowledge from Graph Neural Networks and Injecting it into MLPs, AAAI 2023, equations 8 and 9; as in
 the authors' code, the low part is the mean over all edges and a loop at every node, the high part over the edges, of softmaxes of absolute differences of logits.
 """
@@ -29,8 +30,6 @@ class Ffg2mConfig(GraphDistillConfig):
 class Ffg2m:
     Config = Ffg2mConfig
     needs = frozenset({"edges", "ends"})
-    when = "citation graphs, where neighbours agree; nearly all of its gain is the low part"
-    source = "Wu et al. 2023, FF-G2M (AAAI), equations 8 and 9"
 
     def __init__(self, config: Ffg2mConfig):
         self.config = config

@@ -1,5 +1,6 @@
-"""glnn: a node's own teacher answer is its target.
+"""A node's own teacher answer is its target.
 
+When: first; on dense co-purchase graphs it is as good as any of the others.
 Source: Zhang, Liu, Sun, Shah, Graph-less Neural Networks, ICLR 2022, equation 1; the authors' code has temperature 1 and no factor T^2. One step on the sum of
 both losses here, where that code makes a step for each in turn.
 """
@@ -27,8 +28,6 @@ class GlnnConfig(GraphDistillConfig):
 class Glnn:
     Config = GlnnConfig
     needs: frozenset[str] = frozenset()
-    when = "the plain one, and on dense co-purchase graphs as good as any; start here"
-    source = "Zhang et al. 2022, Graph-less Neural Networks (ICLR), equation 1"
 
     def __init__(self, config: GlnnConfig):
         self.config = config

@@ -1,5 +1,6 @@
-"""krd: reliable nodes teach their neighbours. A node whose answer hardly changes with noise is reliable; how sharply that counts follows the student.
+"""Reliable nodes teach their neighbours. A node whose answer hardly changes with noise is reliable; how sharply that counts follows the student.
 
+When: citation graphs. It asks the teacher about noisy features, so that a file of answers is not enough.
 Source: Wu, Lin, Huang, Li, Quantifying the Knowledge in GNNs for Reliable Distillation into MLPs, ICML 2023, equations 5 to 9, and the authors' code: edges come
 with the probability 1 - rho^a of the node that teaches, rho the change of entropy under one draw of unit noise over its maximum; from epoch 50 on, a follows, by
 momentum, a least-squares fit to how often student and teacher agree at each rho.
@@ -37,8 +38,6 @@ class KrdConfig(GraphDistillConfig):
 class Krd:
     Config = KrdConfig
     needs = frozenset({"edges", "decisions", "noise"})
-    when = "citation graphs; the best there with FF-G2M"
-    source = "Wu et al. 2023, KRD (ICML), equations 5 to 9"
 
     def __init__(self, config: KrdConfig):
         self.config = config

@@ -1,4 +1,4 @@
-"""gat: each layer weighs neighbours by learned attention.
+"""Each layer weighs neighbours by learned attention.
 
 Source: Velickovic et al., Graph Attention Networks, ICLR 2018, equations 1 to 6. Layers: torch_geometric's GATConv. The last layer has one head, as in the
 code of GLNN, FF-G2M and KRD.

@@ -1,4 +1,4 @@
-"""gcn: each layer averages over neighbours, weighed by both degrees.
+"""Each layer averages over neighbours, weighed by both degrees.
 
 Source: Kipf and Welling, Semi-Supervised Classification with Graph Convolutional Networks, ICLR 2017, equation 2. Layers: torch_geometric's GCNConv.
 """

@@ -1,4 +1,4 @@
-"""mlp: linear layers over a node's own features. Needs no neighbours: what ships."""
+"""Linear layers over a node's own features. Needs no neighbours: what ships."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sage: each layer averages over the neighbourhood. Two kinds, and papers mean either.
+"""Each layer averages over the neighbourhood. Two kinds, and papers mean either.
 
 `gcn`: one weight over (A + 2I) / (d + 2), the node itself counted twice: what DGL's SAGEConv("gcn") computes on a graph that has loops already, and so what the
 tables of GLNN, FF-G2M, KRD, NOSMOG and VQGraph call SAGE. `mean`: a weight for the node and another for the mean of its neighbours: the paper's, and
