@@ -36,7 +36,7 @@ from edgekd.train.speed import SpeedConfig
 
 STORE_VERSION = 1
 HOST = "host"
-_LEARNS = ("train", "distill", "train_nodes", "distill_nodes")
+LEARNS = ("train", "distill", "train_nodes", "distill_nodes")
 _IMITATES = ("distill", "distill_nodes", "quantize_train")
 _FROM_LOGITS = frozenset({"logits", "labels"})
 
@@ -815,7 +815,7 @@ class _Planner:
         """The student trained alone for as many epochs as the chain's first learning stage, exported, measured and tested."""
         if "student" not in self.recipe.baselines or model is None:
             return
-        learns = [(k, s) for k, s in self.loaded.stages if k in _LEARNS]
+        learns = [(k, s) for k, s in self.loaded.stages if k in LEARNS]
         if not learns:
             return
         config = learns[0][1].config
@@ -845,6 +845,13 @@ class _Planner:
             profile_inputs: dict[str, Ref] = {"shipped": run_engine}
             if target is self.plan.targets[0]:
                 profile_inputs |= {f"*{name}": engine_ for name, engine_ in self.plan.engines.items()}
+            if target is self.plan.targets[0] and self.said == "teacher.answers" and self._looks_at_neighbours():
+                served: dict[str, Ref] = {"model": "teacher", "data": "data", "engine": run_engine}
+                self._add("teacher.served", "serve", None, served, facts=_here(), user=True)
+            if target is self.plan.targets[0] and self.of_nodes and test is not None:
+                grouped: dict[str, Ref] = {"student": test, "data": "data"}
+                grouped |= {f"{n}?": s for n, of in (("teacher", "teacher"), ("alone", "student alone")) if (s := self._tested(of))}
+                self._add("test.groups", "node_groups", None, grouped, facts=self._task())
             config = self._config("profile", **_place(runner))
             self._add(f"{target.name}.profile", "profile", config, profile_inputs, facts=_here(), user=True)
             parity = self._parity(target, graph, engine)
@@ -860,6 +867,10 @@ class _Planner:
             inputs: dict[str, Ref] = {"graph": graph, "engine": engine, "data": "data", "parity": parity}
             inputs |= {"test?": test} if test is not None else {}
             self._add(f"{target.name}.bundle", "bundle", bundle_config, inputs, facts=self._task() | _here(), user=True)
+
+    def _looks_at_neighbours(self) -> bool:
+        teacher = self.recipe.teacher
+        return teacher is not None and registry.load("architecture", str(teacher.arch)).looks_at == "graph"
 
     def _test(self, target: Target, engine: Ref) -> str:
         """What ships to a target, on test."""

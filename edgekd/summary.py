@@ -66,6 +66,8 @@ class _Summary:
             "parity": parity,
             "footprint": self.trace["footprint"],
         }
+        if "test.groups" in self.done.artifacts:
+            body["graph"] = self._graph()
         return body | ({"front": front(body), "knob": knob(body)} if failed else {})
 
     def _failed(self, targets: list[dict[str, Any]], accept: dict[str, Any], parity: list[dict[str, Any]]) -> list[str]:
@@ -92,7 +94,25 @@ class _Summary:
     def _teacher(self) -> dict[str, Any] | None:
         if "teacher" not in self.plan.metrics:
             return None
-        return {"arch": self.recipe.teacher.name if self.recipe.teacher else None} | self._reference("teacher")
+        found = {"arch": self.recipe.teacher.name if self.recipe.teacher else None} | self._reference("teacher")
+        return found | ({"latency_ms": self._served("fetched")} if "teacher.served" in self.done.artifacts else {})
+
+    def _served(self, way: str) -> dict[str, Any] | None:
+        """The latency of a graph model that fetches neighbours, or of what was measured beside it."""
+        row = self.done.artifacts["teacher.served"].json("trace.json")["latency"].get(way)
+        return {k: row[k] for k in ("p50", "p95", "p99", "ci95", "n", "series")} if row and row["p50"] is not None else None
+
+    def _graph(self) -> dict[str, Any]:
+        """Where on the graph the student loses; what looking at neighbours costs: each way to run the graph model, the engine with its row fetched,
+        and ratios to it."""
+        data, groups = self.done.artifacts["data"].meta, self.done.artifacts["test.groups"].json("groups.json")
+        found: dict[str, Any] = {n: data[n] for n in ("nodes", "edges", "features", "unseen", "assumed")} | groups
+        if "teacher.answers" in self.done.artifacts:
+            found["temperature"] = self.done.artifacts["teacher.answers"].meta["temperature"]
+        if "teacher.served" in self.done.artifacts:
+            body = self.done.artifacts["teacher.served"].json("trace.json")
+            found["served"] = {"latency_ms": {n: self._served(n) for n in body["latency"]}, "ratios": body["ratios"]}
+        return found
 
     def _reference(self, name: str) -> dict[str, Any]:
         """What the result is compared with (the teacher, a baseline): metrics on test, as for what ships."""

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import EdgekdError, UsageError
-from edgekd.plan import Plan, Ref, Step, build_plan
+from edgekd.plan import LEARNS, Plan, Ref, Step, build_plan
 from edgekd.safeio.files import write_atomic
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _named(ref: Ref) -> list[str]:
 
 def models_of(plan: Plan, until: str | None) -> list[str]:
     """The model that is compared, `until` or the first that learns, and the student alone where the recipe has that baseline."""
-    learns = [s.name for s in plan.steps if s.stage in ("train", "distill") and s.name in plan.metrics and s.name not in ("teacher", ALONE)]
+    learns = [s.name for s in plan.steps if s.stage in LEARNS and s.name in plan.metrics and s.name not in ("teacher", ALONE)]
     if not learns or (until is not None and until not in plan.metrics):
         raise UsageError(
             f"'{until}' is not measured in this recipe" if until else "nothing in this recipe learns",

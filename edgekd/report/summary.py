@@ -109,7 +109,7 @@ def title(run: dict[str, Any]) -> str:
 def outcome(run: dict[str, Any]) -> str:
     """The headline without the title."""
     teacher, first = run.get("teacher") or {}, (run.get("targets") or [{}])[0]
-    parts = [_speed(teacher, first), _smaller(teacher, first), _accuracy(run, teacher, first)]
+    parts = [_speed(run, first), _smaller(teacher, first), _accuracy(run, teacher, first)]
     return f"{', '.join(filter(None, parts)) or 'nothing was measured'}; {acceptance(run)}."
 
 
@@ -156,14 +156,21 @@ def ratio(before: float | None, after: float | None, better: str, worse: str) ->
     return f"{gain:#.3g}x {better}" if gain >= 1 else f"{1 / gain:#.3g}x {worse}"
 
 
-def _speed(teacher: dict[str, Any], target: dict[str, Any]) -> str:
+def latencies(run: dict[str, Any]) -> tuple[float | None, float | None]:
+    """p50 in ms of the teacher and of what ships; of a graph's nodes, with neighbours or the row of features fetched, which are measured together."""
+    served = ((run.get("graph") or {}).get("served") or {}).get("latency_ms") or {}
+    if served.get("fetched") and served.get("student"):
+        return text.p50(served["fetched"]), text.p50(served["student"])
+    teacher, target = run.get("teacher") or {}, (run.get("targets") or [{}])[0]
+    return text.p50(teacher.get("latency_ms")), text.p50(target.get("latency_ms") if target.get("measured") else None)
+
+
+def _speed(run: dict[str, Any], target: dict[str, Any]) -> str:
     if not target.get("measured"):
         guess = text.predicted(target.get("predicted_ms"))
         return f"latency not measured ({guess})" if guess != text.NONE else ("latency not measured" if target else "")
     now = target.get("latency_ms")
-    return ratio(text.p50(teacher.get("latency_ms")), text.p50(now), "faster", "slower") or (
-        f"p50 {text.ms(text.p50(now))}" if text.p50(now) else ""
-    )
+    return ratio(*latencies(run), "faster", "slower") or (f"p50 {text.ms(text.p50(now))}" if text.p50(now) else "")
 
 
 def _smaller(teacher: dict[str, Any], target: dict[str, Any]) -> str:

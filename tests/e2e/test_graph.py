@@ -38,7 +38,15 @@ def test_the_quickstart_of_graphs_needs_no_data_and_says_everything_of_the_contr
     assert [s["method"] for s in said["stages"][:4]] == ["ffg2m", "l2", "glnn", "ptq"]
     assert {s["metric_name"] for s in said["stages"][:4]} == {"accuracy"}
     assert said["baselines"][0]["metric"] > 0.25
-    assert (folder / "report.html").is_file()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "graph model, neighbours fetched and propagated" in page
+    ways = said["graph"]["served"]["latency_ms"]
+    assert set(ways) == {"fetched", "cached", "student"}
+    assert said["teacher"]["latency_ms"] == ways["fetched"]
+    rows = [g for g in said["graph"]["groups"] if g["by"] == "degree"]
+    assert sum(g["nodes"] for g in rows) == 1000
+    for name, metric in (("teacher", said["teacher"]["metric"]), ("student", target["metric"]), ("alone", said["baselines"][0]["metric"])):
+        assert sum(g[name] * g["nodes"] for g in rows) / 1000 == pytest.approx(metric, abs=1e-5)
     assert all(row["ok"] for row in said["parity"])
 
 

@@ -20,8 +20,10 @@ from edgekd.errors import InputRefused, Interrupted
 from edgekd.graph._distiller import Teaching
 from edgekd.graph._run import NodeJob, class_weights, features_of, whole_graph_logits
 from edgekd.graph._sampler import neighbours_of, surroundings
+from edgekd.graph._serve import served
 from edgekd.graph._teacher import calibrate, noisy_entropy
 from edgekd.models.spec import ModelSpec
+from edgekd.stages.node_groups import degrees, homophily, seen
 from edgekd.train.config import NodeTrainConfig
 from edgekd.train.loop import Trained, fit
 from tests.graphs import opened, save_npz, toy_arrays
@@ -281,3 +283,40 @@ def test_entropy_under_noise_is_of_one_seeded_draw(nodes: Nodes) -> None:
     assert not torch.equal(one, three)
     assert one.shape == (60,)
     assert float(one.max()) <= math.log(3) + 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ what neighbours cost
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+@pytest.mark.parametrize(("arch", "args"), [("gcn", {}), ("sage", {}), ("sage", {"kind": "mean"}), ("gat", {})])
+def test_an_answer_for_one_node_is_that_of_the_whole_graph(arch: str, args: Any, norm: str, nodes: Nodes, sparse_nodes: Nodes) -> None:
+    for graph in (nodes, sparse_nodes):
+        made = model(arch, graph, layers=3, norm=norm, **args).eval()
+        whole = whole_graph_logits(made, features_of(graph), made.edges(graph.indptr, graph.neighbours)).numpy()
+        ways = served(made, graph)
+        assert set(ways) == ({"fetched"} if arch == "gat" else {"fetched", "cached"})
+        for answer in ways.values():
+            for node in (0, 7, 59):
+                np.testing.assert_allclose(answer(node), whole[node], rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_test_nodes_share_them_out_by_what_a_loop_says(hiding: Nodes) -> None:
+    graph = Nodes(
+        **{
+            **hiding.__dict__,
+            "labels": np.where(np.arange(60) % 7 == 0, -1, hiding.labels),
+            "hidden": np.arange(60) == hiding.split("test")[0],
+        }
+    )
+    test = graph.split("test")
+    for groups in (degrees(graph, test), homophily(graph, test), seen(graph, test)):
+        assert sum(int(members.sum()) for members in groups.values()) == len(test)
+    for position, node in enumerate(test):
+        others = graph.neighbours[graph.indptr[node] : graph.indptr[node + 1]]
+        assert degrees(graph, test)["4 to 7"][position] == (4 <= len(others) <= 7)
+        known = [o for o in others if graph.labels[o] >= 0]
+        share = np.mean([graph.labels[o] == graph.labels[node] for o in known]) if known else -1
+        alike = homophily(graph, test)
+        assert alike["75% to 100%"][position] == (share >= 0.75)
+        assert alike["0% to 25%"][position] == (0 <= share < 0.25)
+        assert alike["no labelled neighbours"][position] == (not known)
+    assert seen(graph, test)["unseen"].tolist() == [True] + [False] * (len(test) - 1)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CLASSES, _EACH, _WIDTH = 4, 300, 32
 _INSIDE, _OUTSIDE = 6.0, 2.0  # edges of a node on average, to its own community and to all others
-_HINT = 0.45  # length of a community's mean in deviations of the noise, along each of its own features
+_HINT = 0.7  # length of a community's mean in deviations of the noise, along each of its own features
 
 
 @register("graph")

@@ -1,0 +1,247 @@
+"""GNN-to-MLP on real graphs: `python tools/bench_graph.py ROW ... --data FOLDER [--seeds 5]`; or `--list`.
+
+A ROW is a graph with its split and a teacher, with the hyper-parameters of the papers' code (FF-G2M's and KRD's for the public split, GLNN's for the split by
+class). The teacher is calibrated on val before it teaches; weights are those of the best epoch on val; test is read once. Seeds 0 to N-1, fixed beforehand.
+Everything runs through the stages of a recipe and comes from the store the second time. FOLDER holds planetoid/ and npz/.
+
+Writes tools/graphs/ROW.csv (every training) and ROW.md: mean and standard deviation, and differences paired by seed with their standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from edgekd import recipe  # noqa: E402
+from edgekd.console import Console  # noqa: E402
+from edgekd.context import Context  # noqa: E402
+from edgekd.errors import EdgekdError  # noqa: E402
+from edgekd.plan import build_plan  # noqa: E402
+from edgekd.run import execute  # noqa: E402
+from edgekd.store import Store  # noqa: E402
+from edgekd.sweep import measured_part, write_table  # noqa: E402
+
+OUT = Path(__file__).parent / "graphs"
+ALONE = "student alone"
+PUBLIC = {"format": "planetoid"}
+BY_CLASS = {"split": {"by": "class", "train": 20, "val": 30, "largest_component": True}, "features": "raw"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A graph, a teacher, and what each method was tuned to for it."""
+
+    words: str
+    data: dict[str, Any]
+    folder: str
+    teacher: dict[str, Any]
+    student: dict[str, Any]  # architecture arguments
+    train: dict[str, Any] = field(default_factory=dict)  # of the student, whatever the method
+    teacher_train: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)  # settings, and `student.` ones for its architecture
+    bars: dict[str, float] = field(default_factory=dict)  # what a good implementation reaches, percent
+
+
+ROWS = {
+    "cora-gcn": Row(
+        "Cora, public split, GCN",
+        {**PUBLIC, "name": "cora"},
+        "planetoid",
+        {"arch": "gcn", "args": {"layers": 3, "hidden": 512, "dropout": 0.5}},
+        {"layers": 3, "hidden": 512, "dropout": 0.6},
+        methods={
+            "glnn": {"label_weight": 0.4},
+            "ffg2m": {"label_weight": 0.4, "temperature": 1.5},
+            "krd": {"label_weight": 0.5, "temperature": 0.8, "student.dropout": 0.3},
+        },
+        bars={"teacher": 81.0, "glnn": 82.0, "ffg2m": 83.0, "krd": 83.3},
+    ),
+    "citeseer-gcn": Row(
+        "Citeseer, public split, GCN",
+        {**PUBLIC, "name": "citeseer"},
+        "planetoid",
+        {"arch": "gcn", "args": {"layers": 2, "hidden": 256, "dropout": 0.5}},
+        {"layers": 2, "hidden": 256, "dropout": 0.5},
+        methods={
+            "glnn": {"label_weight": 0.1},
+            "ffg2m": {"label_weight": 0.1, "temperature": 1.5},
+            "krd": {"label_weight": 0.0, "temperature": 0.9, "student.dropout": 0.6},
+        },
+        bars={"teacher": 70.8, "glnn": 71.5, "ffg2m": 72.5, "krd": 73.0},
+    ),
+    "citeseer-sage": Row(
+        "Citeseer, public split, SAGE",
+        {**PUBLIC, "name": "citeseer"},
+        "planetoid",
+        {"arch": "sage", "args": {"layers": 2, "hidden": 1024, "dropout": 0.5}},
+        {"layers": 2, "hidden": 1024, "dropout": 0.5},
+        methods={
+            "glnn": {"label_weight": 0.1},
+            "ffg2m": {"label_weight": 0.1, "temperature": 1.2},
+            "krd": {"label_weight": 0.0, "temperature": 0.8, "student.dropout": 0.4},
+        },
+        bars={"teacher": 70.0, "glnn": 72.0, "ffg2m": 72.8, "krd": 72.3},
+    ),
+    "cora-cpf-sage": Row(
+        "Cora, largest component, 20 and 30 of each class by seed, raw features, SAGE",
+        {**PUBLIC, **BY_CLASS, "name": "cora"},
+        "planetoid",
+        {"arch": "sage", "args": {"layers": 2, "hidden": 128, "dropout": 0.0}},
+        {"layers": 2, "hidden": 128, "dropout": 0.6},
+        train={"weight_decay": 5e-3},
+        methods={"glnn": {}, "ffg2m": {"label_weight": 0.5, "temperature": 1.3}, "krd": {"label_weight": 0.3, "temperature": 1.1}},
+        bars={"teacher": 79.0, "glnn": 79.0},
+    ),
+    "photo-cpf-sage": Row(
+        "Amazon-Photo, largest component, 20 and 30 of each class by seed, raw features, SAGE",
+        {"format": "csr_npz", "name": "amazon_photo", **BY_CLASS},
+        "npz",
+        {"arch": "sage", "args": {"layers": 2, "hidden": 128, "dropout": 0.0}},
+        {"layers": 2, "hidden": 128, "dropout": 0.3},
+        train={"weight_decay": 2e-3, "lr": 5e-3},
+        methods={"glnn": {}, "ffg2m": {"label_weight": 0.2, "temperature": 1.5}, "krd": {"label_weight": 0.0, "temperature": 1.1}},
+        bars={"teacher": 90.0, "glnn": 91.5, "ffg2m": 91.0, "krd": 91.0},
+    ),
+    "cora-gat": Row(
+        "Cora, public split, GAT",
+        {**PUBLIC, "name": "cora"},
+        "planetoid",
+        {"arch": "gat", "args": {"layers": 3, "hidden": 1024, "dropout": 0.6}},
+        {"layers": 3, "hidden": 1024, "dropout": 0.3},
+        methods={
+            "glnn": {"label_weight": 0.5},
+            "ffg2m": {"label_weight": 0.5, "temperature": 1.2},
+            "krd": {"label_weight": 0.2, "temperature": 1.1, "student.dropout": 0.4},
+        },
+    ),
+}
+
+
+def written(row: Row, method: str | None, data: Path, seed: int) -> dict[str, Any]:
+    """The recipe of one training, as values."""
+    own = dict(row.methods[method]) if method else {}
+    args = row.student | {n.removeprefix("student."): own.pop(n) for n in list(own) if n.startswith("student.")}
+    stage = {"distill": {"method": method, **row.train, **own}} if method else {"train": row.train}
+    return {
+        "version": 1,
+        "seed": seed,
+        "task": "node_classification",
+        "data": row.data | {"root": str(data / row.folder)},
+        "teacher": row.teacher | {"train": row.teacher_train},
+        "model": {"arch": "mlp", "args": args},
+        "stages": [stage],
+        "targets": {"host": {"backend": "onnxruntime"}},
+    }
+
+
+def trainings(row: Row, seeds: int, methods: list[str], data: Path, ctx: Context) -> Iterator[dict[str, Any]]:
+    """A row of the table for each training: the teacher's first, then the MLP alone, then the methods."""
+    for seed in range(seeds):
+        for method in [None, *methods]:
+            ctx.seed = seed
+            loaded = recipe.from_values("bench_graph", written(row, method, data, seed))
+            name = "distill" if method else "train"
+            plan = measured_part(build_plan(loaded), ["teacher", name], test=True)
+            try:
+                done = execute(plan, ctx)
+            except EdgekdError as error:
+                yield {"variant": method or ALONE, "seed": seed, "error": error.what}
+                continue
+            for model, variant in (("teacher", "teacher"), (name, method or ALONE)):
+                if model == "teacher" and method is not None:
+                    continue
+                body, trained = done.artifacts[f"{model}.test"].json("metrics.json"), done.artifacts[model]
+                yield {
+                    "variant": variant,
+                    "seed": seed,
+                    **{n: round(v, 6) for n, v in body["metrics"].items()},
+                    "temperature": done.artifacts["teacher.answers"].meta["temperature"] if model == "teacher" else "",
+                    "epochs": len(done.artifacts[model].json("curves.json")),
+                    "seconds": trained.meta.get("seconds"),
+                    "error": "",
+                }
+
+
+def table(row: Row, found: list[dict[str, Any]], command: str) -> str:
+    good = {(r["variant"], r["seed"]): 100 * r["accuracy"] for r in found if not r["error"]}
+    variants = list(dict.fromkeys(v for v, _ in good))
+
+    def paired(one: str, other: str) -> str:
+        gains = [good[one, s] - good[other, s] for v, s in good if v == one and (other, s) in good]
+        if one == other or len(gains) < 2:
+            return ""
+        return f"{mean(gains):+.2f} ± {stdev(gains) / len(gains) ** 0.5:.2f}"
+
+    lines = [
+        f"# {row.words}\n",
+        f"Test accuracy in percent at the best epoch on val, mean and standard deviation; differences paired by seed, mean and standard error. Made by `{command}`.\n",
+        "| model | accuracy | seeds | bar | against the MLP alone | against glnn | against the teacher | macro-F1 | calibration error | agreement with the teacher | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for v in variants:
+        mine = [r for r in found if r["variant"] == v and not r["error"]]
+        values = [good[v, r["seed"]] for r in mine]
+        spread = stdev(values) if len(values) > 1 else 0.0
+        bar = row.bars.get(v)
+        reached = "" if bar is None else f"{bar:.1f}: {'reached' if mean(values) + spread / len(values) ** 0.5 >= bar else '**missed**'}"
+        extra = [f"{100 * mean(r[n] for r in mine):.1f}" if all(n in r for r in mine) else "" for n in ("macro_f1", "ece", "agreement")]
+        seconds = f"{mean(r['seconds'] for r in mine):.0f}"
+        cells = [
+            v,
+            f"{mean(values):.2f} ± {spread:.2f}",
+            str(len(values)),
+            reached,
+            paired(v, ALONE),
+            paired(v, "glnn"),
+            paired(v, "teacher"),
+        ]
+        lines.append("| " + " | ".join([*cells, *extra, seconds]) + " |")
+    failed = [f"{r['variant']}, seed {r['seed']}: {r['error']}" for r in found if r["error"]]
+    return "\n".join(lines + (["", "Failed: " + "; ".join(failed)] if failed else [])) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    if args.list or not args.rows or args.data is None:
+        print("\n".join(f"{name}: {row.words}" for name, row in ROWS.items()))
+        return
+    OUT.mkdir(exist_ok=True)
+    for name in args.rows:
+        row = ROWS[name]
+        methods = args.methods or list(row.methods)
+        with tempfile.TemporaryDirectory() as folder:
+            console = Console(quiet=True)
+            ctx = Context(Store(), console, work=Path(folder))
+            found: list[dict[str, Any]] = []
+            for one in trainings(row, args.seeds, methods, args.data, ctx):
+                found.append(one)
+                print(
+                    name,
+                    {n: one.get(n) for n in ("variant", "seed", "accuracy", "epochs", "seconds", "error")},
+                    file=sys.stderr,
+                    flush=True,
+                )
+            write_table(found, Path(folder)).replace(OUT / f"{name}.csv")
+        command = f"python tools/bench_graph.py {name} --data FOLDER --seeds {args.seeds}"
+        text = table(row, found, command)
+        (OUT / f"{name}.md").write_text(text, encoding="utf-8")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
