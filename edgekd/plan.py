@@ -32,6 +32,7 @@ from edgekd.profile.schema import DeviceProfile
 from edgekd.recipe import Loaded, NodeRecipe, TargetConfig, TeacherConfig, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
+from edgekd.train.distiller import OUTPUTS_ALONE
 from edgekd.train.speed import SpeedConfig
 
 STORE_VERSION = 1
@@ -468,7 +469,8 @@ class _Planner:
             inputs |= self._taught() if taught is None else taught
         config = settings.config
         if isinstance(config, TrainConfig) and (how := _speed(stage, config)).open:
-            asked = self._config("tune", **how.model_dump(), batch_size=config.batch_size, epochs=config.epochs)
+            few = stage in _IMITATES and self.recipe.teacher is not None and _distiller(stage, settings).needs <= OUTPUTS_ALONE
+            asked = self._config("tune", **how.model_dump(), batch_size=config.batch_size, epochs=config.epochs, logits_only=few)
             tuned = {"model?": model, "data": "data"}
             if "teacher?" in inputs and not self._can_be_kept(stage, settings, config):
                 tuned["teacher?"] = inputs["teacher?"]
@@ -506,7 +508,7 @@ class _Planner:
                     return step.name
         name = f"{settings.name}.answers"
         if how.open and "teacher?" in taken:
-            tuned = self._config("tune", **how.model_dump(), batch_size=config.batch_size, epochs=config.fixed_views)
+            tuned = self._config("tune", **how.model_dump(), batch_size=config.batch_size, epochs=config.fixed_views, logits_only=True)
             taken["speed?"] = self._add(f"{name}.speed", "tune", tuned, dict(taken), facts=_here(), unless=unless)
         return self._add(name, "answers", asked, taken, unless=unless)
 

@@ -7,7 +7,7 @@ of its own, since how malloc gives memory back is a property of a process; they 
     bare            torch loop in fp32, default layout: teacher in eval and no_grad, augmented batches from the same functions
     alone           our loop without a teacher, as `tune` measured to be fastest
     fp32            our loop with autocast, channels_last and compile off
-    eager           our loop as `chosen`, nothing compiled
+    eager           our loop as `chosen`, nothing compiled and no runtime
     chosen          our loop, as `tune` measured to be fastest for a long training
     kept            the same with the teacher's answers kept (`views`); computing them once is not counted
     files           `--files`: as fp32, decoding JPEG files each epoch instead of reading the decoded cache
@@ -25,9 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,7 @@ from edgekd.data.dataset import Dataset, build  # noqa: E402
 from edgekd.data.loader import batches, epoch_order  # noqa: E402
 from edgekd.distill.kd import KD  # noqa: E402
 from edgekd.models.spec import ModelSpec  # noqa: E402
+from edgekd.stages._runtimes import by_runtime, ways  # noqa: E402
 from edgekd.tasks.classification import Classification  # noqa: E402
 from edgekd.train.answers import About, Answers, Writer  # noqa: E402
 from edgekd.train.config import TrainConfig  # noqa: E402
@@ -128,10 +130,19 @@ def ours(pair: Pair, dataset: Dataset, work: Path, speeds: tuple[Speed, Speed], 
         job.distiller, job.label_weight = KD(KD.Config()), 0.1
         layout = torch.channels_last if speeds[1].channels_last else torch.contiguous_format
         view = View(pair.spec, channels_last=speeds[1].channels_last)
-        job.teacher = (
-            teacher if isinstance(teacher, Answers) else Teacher(guide.to(memory_format=layout), view, speeds[1], batch=pair.batch)
-        )
+        if isinstance(teacher, Answers):
+            job.teacher = teacher
+        elif speeds[1].runtime:  # from the files that the tuning made
+            job.teacher = by_runtime(guide, pair.spec, speeds[1].runtime, torch.zeros(0), work / "teacher", threads=2, batch=pair.batch)
+        else:
+            job.teacher = Teacher(guide.to(memory_format=layout), view, speeds[1], batch=pair.batch)
     return timed(ImageRun(job))
+
+
+def by(way: str, pair: Pair, guide: nn.Module, seen: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    """The teacher by a runtime, as a function of images."""
+    teacher = by_runtime(guide, pair.spec, way, seen, folder, threads=2, batch=pair.batch)
+    return lambda images: teacher(images, images, 0).logits
 
 
 def timed(run: ImageRun) -> Iterator[float]:
@@ -183,7 +194,7 @@ def variant(name: str, pair: Pair, folder: Path, chosen: tuple[Speed, Speed]) ->
     dataset = Dataset.open(folder / ("off" if name == "files" else "on"), folder / "data", workers=2)
     if name in BARE:
         return bare(pair, dataset, alone=name == "student, bare")
-    plain, eager = (Speed(), Speed()), (replace(chosen[0], compiled=False), replace(chosen[1], compiled=False))
+    plain, eager = (Speed(), Speed()), (replace(chosen[0], compiled=False), replace(chosen[1], compiled=False, runtime=""))
     teacher: str | Answers = "none" if name == "alone" else "live"
     if name == "kept":
         teacher = answers(folder / "kept", dataset)
@@ -220,9 +231,11 @@ def measure(name: str, pair: Pair, folder: Path, args: argparse.Namespace) -> No
         opened(folder / cache, root, pair.size, cache)
     student, teacher = pair.models()
     with kept_memory():
+        seen = sample[:32]
+        make = {way: partial(by, way, pair, teacher, seen, folder / "teacher") for way in ways()}
         tuned = {
-            side: tune(model, pair.spec, sample, SpeedConfig(), LONG)
-            for side, tune, model in (("student", tune_student, student), ("teacher", tune_teacher, teacher))
+            "student": tune_student(student, pair.spec, sample, SpeedConfig(), LONG),
+            "teacher": tune_teacher(teacher, pair.spec, sample, SpeedConfig(), LONG, make),
         }
     print(f"\n{name}, {pair.size} x {pair.size}, batch {pair.batch}")
     for side, found in tuned.items():

@@ -17,7 +17,8 @@ from edgekd.train.speed import SpeedConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
-    from edgekd.train.black_box import BlackBox
+    from edgekd.train.black_box import BlackBox, RuntimeTeacher
+    from edgekd.train.images import Teacher
 
 _BATCH = 128
 _SAVE_SECONDS = 10.0
@@ -45,17 +46,16 @@ class Answers:
         from edgekd.stages.distill import black_box_of, teacher_of
         from edgekd.train.answers import About, Writer
         from edgekd.train.compiled import keep_programs_in
-        from edgekd.train.images import Teacher
         from edgekd.train.memory import kept_memory
 
         config, dataset = settings.typed(self.Config), open_dataset(inputs["data"], ctx)
         keep_programs_in(ctx.store.programs)
         classes = len(dataset.classes)
-        teacher: Teacher | BlackBox
+        teacher: Teacher | BlackBox | RuntimeTeacher
         if "black_box" in inputs:
             teacher = black_box_of(inputs["black_box"], ctx)
         else:
-            teacher, _ = teacher_of(inputs, config, _BATCH)
+            teacher, _, _ = teacher_of(inputs, config, _BATCH, dataset, ctx)
         about = About(classes, config.views, config.samples if config.samples < classes else 0, config.temperature)
         writer = Writer(ctx.work, about, dataset.split("train"), ctx.seed)
         first, saved, started = writer.done, time.monotonic(), time.monotonic()
@@ -74,4 +74,5 @@ class Answers:
                     ctx.stop.check()
         writer.publish(out)
         facts = {"views": about.views, "images": len(dataset.split("train")), "kept": about.width}
-        return facts | ({"teacher_speed": str(teacher.speed)} if isinstance(teacher, Teacher) else {})
+        speed = getattr(teacher, "speed", None)  # one that came as a graph has none
+        return facts | ({"teacher_speed": str(speed)} if speed else {})

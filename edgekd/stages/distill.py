@@ -15,11 +15,17 @@ from edgekd.train.config import TrainConfig
 from edgekd.train.speed import Speed, SpeedConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from edgekd.context import Context
+    from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
-    from edgekd.train.black_box import BlackBox
+    from edgekd.train.black_box import BlackBox, RuntimeTeacher
     from edgekd.train.distiller import Distiller
     from edgekd.train.images import Job, Teacher
+
+
+_RUNTIME = "teacher"  # in a training's own folder: files of a teacher that a runtime answers for
 
 
 @register("stage")
@@ -67,8 +73,8 @@ def imitate(job: Job, distiller: Distiller, settings: Settings, inputs: Mapping[
     if "black_box" in inputs:
         listen(job, distiller, black_box_of(inputs["black_box"], ctx))
         return {}
-    live, spec = teacher_of(inputs, job.cfg, job.cfg.batch_size)
-    teach(job, distiller, live, live.model, spec)
+    live, model, spec = teacher_of(inputs, job.cfg, job.cfg.batch_size, job.dataset, ctx)
+    teach(job, distiller, live, model, spec)
     return {"teacher_speed": str(live.speed)}
 
 
@@ -79,18 +85,24 @@ def black_box_of(graph: Artifact, ctx: Context) -> BlackBox:
     return opened(graph.path / GRAPH, graph.json(FACTS), ctx)
 
 
-def teacher_of(inputs: Mapping[str, Artifact], config: SpeedConfig, batch: int) -> tuple[Teacher, ModelSpec]:
+def teacher_of(
+    inputs: Mapping[str, Artifact], config: SpeedConfig, batch: int, dataset: Dataset, ctx: Context
+) -> tuple[Teacher | RuntimeTeacher, nn.Module, ModelSpec]:
     """The frozen teacher, run as the tuning decided, or, where none did, as the settings say."""
     import torch
 
     from edgekd.models.build import load_model
     from edgekd.stages._common import training_device
+    from edgekd.stages._runtimes import by_runtime, calibration_images
     from edgekd.train.images import Teacher
     from edgekd.train.views import View
 
     model, spec = load_model(inputs["teacher"])
     found = read_decision(inputs["speed"]).get("teacher") if "speed" in inputs else None
     speed = Speed.of(found) if found else config.speed
+    if speed.runtime:
+        seen, folder = calibration_images(dataset), ctx.work / f"{_RUNTIME}{ctx.ranks.rank if ctx.ranks else ''}"
+        return by_runtime(model, spec, speed.runtime, seen, folder, threads=ctx.threads, batch=batch), model, spec
     layout = torch.channels_last if speed.channels_last else torch.contiguous_format
     model = model.to(training_device(), memory_format=layout).requires_grad_(False).eval()  # type: ignore[call-overload]
-    return Teacher(model, View(spec, channels_last=speed.channels_last, device=training_device()), speed, batch=batch), spec
+    return Teacher(model, View(spec, channels_last=speed.channels_last, device=training_device()), speed, batch=batch), model, spec

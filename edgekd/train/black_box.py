@@ -1,4 +1,4 @@
-"""A teacher of which only the outputs are known: an ONNX file, run by onnxruntime while the student trains."""
+"""Teachers that a runtime answers for while the student trains: an ONNX file of which nothing else is known, or a known model that torch runs too slowly."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from edgekd.errors import TrainingDiverged
 from edgekd.train.distiller import Outputs
+from edgekd.train.speed import Speed
+from edgekd.train.views import View
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from edgekd.backends import Session
+    from edgekd.models.spec import ModelSpec
 
 
 class BlackBox:
@@ -51,3 +54,16 @@ class BlackBox:
             part = images[start : start + size]
             parts.append(self.session.run({self.input: np.resize(part, (size, *part.shape[1:]))})[0][: len(part)])
         return np.concatenate(parts).astype(np.float32)
+
+
+class RuntimeTeacher:
+    """A teacher whose model is known and that a runtime answers for, in its graph's precision; of outputs it has the logits alone."""
+
+    def __init__(self, session: Session, name: str, spec: ModelSpec, speed: Speed):
+        self.session, self.input, self.view, self.speed = session, name, View(spec), speed
+
+    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Outputs:
+        """Logits for images (batch, 3, h, w) in [0, 1]."""
+        with torch.inference_mode():
+            seen = self.view(images.detach().float().cpu()).contiguous().numpy()
+        return Outputs(torch.from_numpy(self.session.run({self.input: seen})[0]).float())

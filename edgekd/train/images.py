@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from edgekd.models.taps import TappedModel
     from edgekd.tasks._task import Task
     from edgekd.train.answers import Answers
-    from edgekd.train.black_box import BlackBox
+    from edgekd.train.black_box import BlackBox, RuntimeTeacher
     from edgekd.train.distiller import Distiller
     from edgekd.train.ranks import Ranks
 
@@ -77,7 +77,7 @@ class Job:
     speed: Speed = field(default_factory=Speed)
     distiller: Distiller | None = None
     label_weight: float = 1.0
-    teacher: Teacher | Answers | BlackBox | None = None
+    teacher: Teacher | Answers | BlackBox | RuntimeTeacher | None = None
     tapped: TappedModel | None = None  # the student with hooks, where the distiller needs features
     projectors: nn.Module | None = None
     device: str = "cpu"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgekd.data.dataset import Dataset
     from edgekd.models.spec import ModelSpec
     from edgekd.train.answers import Answers
-    from edgekd.train.black_box import BlackBox
+    from edgekd.train.black_box import BlackBox, RuntimeTeacher
     from edgekd.train.distiller import Distiller
 
 FAMILIES = {"cnn": "CNN", "vit": "ViT", "swin": "Swin", "mlp": "MLP"}
@@ -40,7 +40,7 @@ class Wired:
     projectors: nn.Module | None
 
 
-def teach(job: Job, distiller: Distiller, teacher: Teacher | Answers, model: nn.Module, spec: ModelSpec) -> None:
+def teach(job: Job, distiller: Distiller, teacher: Teacher | Answers | RuntimeTeacher, model: nn.Module, spec: ModelSpec) -> None:
     """Gives a job its teacher, the distiller's loss, its projectors and hooks on both models; `model` is what answered, or answers.
 
     Raises UsageError for families that the distiller is not made for.

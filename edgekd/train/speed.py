@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
@@ -18,13 +18,17 @@ class Speed:
     autocast: bool = False
     channels_last: bool = False
     compiled: bool = False
+    runtime: str = ""  # of a teacher: `onnxruntime int8` and the like, instead of torch
 
     @classmethod
     def of(cls, decision: Mapping[str, Any]) -> Speed:
         """What a tuning decided for one of the models."""
-        return cls(*(bool(decision.get(f.name)) for f in fields(cls)))
+        autocast, channels_last, compiled = (bool(decision.get(n)) for n in ("autocast", "channels_last", "compiled"))
+        return cls(autocast, channels_last, compiled, str(decision.get("runtime") or ""))
 
     def __str__(self) -> str:
+        if self.runtime:
+            return self.runtime
         words = ["bf16" if self.autocast else "fp32", "channels_last" if self.channels_last else "", "compiled" if self.compiled else ""]
         return " ".join(w for w in words if w)
 
@@ -36,6 +40,11 @@ class SpeedConfig(Config):
     channels_last: Literal["auto", "off", "on"] = Field("auto", description="memory layout of images; auto measures")
     compile: Literal["auto", "off", "on"] = Field(
         "auto", description="torch.compile for models that learn and teach; auto measures, where the training is long enough to repay it"
+    )
+
+    runtime: Literal["auto", "off"] = Field(
+        "auto",
+        description="teachers of logits by an installed runtime, in fp32 or int8; auto measures as for compile, and checks their answers",
     )
 
     @property

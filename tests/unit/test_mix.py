@@ -335,7 +335,7 @@ def test_a_graph_that_onnxruntime_cannot_prepare_ends_a_search_with_its_reason(
         raise RuntimeError("no optimizer for it\nand a stack of C++")
 
     monkeypatch.setattr(shape_inference, "quant_pre_process", fails)
-    for name in ("open_dataset", "drawn"):
+    for name in ("open_samples", "drawn"):
         monkeypatch.setattr(_common, name, lambda *_: None)
     inputs: Any = {"graph": SimpleNamespace(path=graph.parent, json=lambda _: {}), "data": None}
     settings = Settings("quantize.mix", Mix.Config(), "ptq", PTQ.Config(), {"flavour": "u8s8"})

@@ -79,7 +79,7 @@ def test_only_nodes_that_the_quantizer_knows_go_back(monkeypatch: pytest.MonkeyP
     t = trial({"minmax": (0.0, 0.1)}, ok=False, rounds=3)
     t.calibration, t.given, t.file = "minmax", (), None
     t.facts, t.positions = {"fixed_batch": None, "input": "x"}, np.arange(4)
-    t.dataset = SimpleNamespace(images=lambda positions: positions)
+    t.dataset = SimpleNamespace(samples=lambda positions: positions)
     t.reference = SimpleNamespace(graph=SimpleNamespace(node=[SimpleNamespace(name=n) for n in ("conv", "folded")]))
     rounded = SimpleNamespace(graph=SimpleNamespace(node=[SimpleNamespace(name="conv")]))
     monkeypatch.setattr(onnxfile, "check_onnx", lambda *_, **__: rounded)
