@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgekd.errors import BackendError
+from edgekd.errors import BackendError, InputRefused
 from edgekd.models.spec import ModelSpec
 from edgekd.train.compiled import Compiled
 from edgekd.train.loop import reproducible
@@ -75,7 +75,7 @@ def tune_student(model: nn.Module, spec: ModelSpec, images: Tensor, config: Spee
 def tune_teacher(
     model: nn.Module, spec: ModelSpec, images: Tensor, config: SpeedConfig, steps: int = 0, others: Others = MappingProxyType({})
 ) -> dict[str, Any]:
-    """The fastest forward pass whose answers agree with plain fp32; `others` may raise BackendError."""
+    """The fastest forward pass whose answers agree with plain fp32; `others` may raise BackendError or InputRefused."""
     with torch.inference_mode():
         said = model.to(images.device)(_view(spec, Speed(), images.device)(images)).float().softmax(1)
         first = said.topk(min(2, said.shape[1]), dim=1).values
@@ -108,7 +108,7 @@ def tune_teacher(
         try:
             answer = make()
             agrees(answer(images))
-        except BackendError as problem:
+        except (BackendError, InputRefused) as problem:  # a quicker way that fails is out; it never ends the run
             raise _Unfit(problem.what) from problem
         return lambda: answer(images)
 

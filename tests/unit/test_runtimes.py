@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from edgekd.errors import BackendError
+from edgekd.errors import BackendError, EdgekdError, OnnxRefused
 from edgekd.models.spec import ModelSpec
 from edgekd.stages._runtimes import by_runtime, ways
 from edgekd.store import Store
@@ -136,9 +136,12 @@ def test_decisions_that_are_a_matter_of_rounding_do_not_count(monkeypatch: pytes
     assert Speed.of(tuned(monkeypatch, Level(), {"openvino int8": nudge}, {PLAIN: 1.0, FASTER: 0.1})) == FASTER
 
 
-def test_a_runtime_that_refuses_the_model_is_out_with_its_words(monkeypatch: pytest.MonkeyPatch, net: nn.Module) -> None:
+@pytest.mark.parametrize("kind", [BackendError, OnnxRefused])
+def test_a_runtime_that_refuses_the_model_is_out_with_its_words(
+    monkeypatch: pytest.MonkeyPatch, net: nn.Module, kind: type[EdgekdError]
+) -> None:
     def refuses() -> Any:
-        raise BackendError("no such operator")
+        raise kind("no such operator")
 
     found = tuned(monkeypatch, net, {"openvino int8": refuses}, {PLAIN: 1.0})
     assert Speed.of(found) == PLAIN
