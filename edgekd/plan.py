@@ -25,6 +25,7 @@ from edgekd.data.graphs import fingerprint
 from edgekd.data.index import judged_by_labels, scan
 from edgekd.data.nodes_config import NodesConfig
 from edgekd.errors import BackendError, DeviceError, RecipeError
+from edgekd.graph._distiller import OF_TEACHER
 from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
@@ -426,9 +427,8 @@ class _Planner:
         if teacher.train is not None:
             self._learn("teacher", "train_nodes", Settings("teacher", teacher.train), "teacher.init")
         methods = [registry.load("graph_distill", str(s.method)) for k, s in self.loaded.stages if k == "distill_nodes"]
-        config = self._config(
-            "answer_nodes", calibrated=getattr(teacher, "calibrated", True), noise=any("noise" in m.needs for m in methods)
-        )
+        asked = {n: any(n in m.needs for m in methods) for n in OF_TEACHER}
+        config = self._config("answer_nodes", calibrated=getattr(teacher, "calibrated", True), **asked)
         self.said = self._add("teacher.answers", "answer_nodes", config, {"model": "teacher", "data": "data"})
         self.plan.metrics["teacher"] = self._judged("val")
 

@@ -19,6 +19,7 @@ from edgekd.config import Config, no_key
 from edgekd.data.config import DataConfig, SamplesConfig
 from edgekd.data.nodes_config import NodesConfig
 from edgekd.errors import EdgekdError, FileMissing, InputRefused, RecipeError, UnknownName, UsageError, suggest
+from edgekd.graph._distiller import OF_TEACHER
 from edgekd.models.names import check_architecture
 from edgekd.models.spec import ModelConfig, NodeModelConfig
 from edgekd.profile.host import HOST
@@ -641,11 +642,14 @@ def _check_nodes(recipe: NodeRecipe, stages: list[tuple[str, Settings]], bad: Re
         if kind == "distill_nodes" and teacher is None:
             bad(at, f"stage '{settings.name}' distils, and the recipe has no teacher")
         elif kind == "distill_nodes" and teacher is not None and teacher.arch is None:
-            if "noise" in registry.load("graph_distill", str(settings.method)).needs:
+            if registry.load("graph_distill", str(settings.method)).needs & OF_TEACHER:
                 bad(
                     (*at, "method"),
-                    f"{settings.method} asks the teacher about noisy features, and only its answers are known; use glnn or ffg2m",
+                    f"{settings.method} asks the teacher for more than its answers, which are all that is known; use glnn or ffg2m",
                 )
+        elif kind == "distill_nodes" and teacher is not None and "tokens" in registry.load("graph_distill", str(settings.method)).needs:
+            if not getattr(registry.load("architecture", str(teacher.arch)), "tokenizes", False):
+                bad((*at, "method"), f"{settings.method} learns a teacher's tokens, and {teacher.arch} has none: -o teacher.arch=vqgcn")
         if quantized and kind != "quantize":
             bad(at, f"stage '{settings.name}' trains or cuts a model and cannot follow a quantize stage; put it before")
         if kind == "quantize" and registry.load("quantize", str(settings.method)).level == "model":

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
+from torch import Tensor
 
 from edgekd.data.nodes import Nodes, build
 from edgekd.data.nodes_config import NodesConfig
+from edgekd.graph._distiller import Teaching
 
 
 def save_planetoid(folder: Path, *, nodes: int = 40, test: int = 10, lost: int = 0, seed: int = 0) -> dict[str, Any]:
@@ -46,6 +49,16 @@ def save_npz(path: Path, **arrays: Any) -> Path:
     np.savez(buffer, **arrays)
     path.write_bytes(buffer.getvalue())
     return path
+
+
+def taught(logits: Tensor, *, student_width: int = 8, seed: int = 5) -> Teaching:
+    """Everything that a method may want of a teacher with these logits, made up."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden, nearness, codebook = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64).to(logits.dtype) for shape in ((len(logits), 5), (len(logits), 6), (6, 4))
+    )
+    noisy = torch.linspace(0, 1, len(logits), dtype=logits.dtype)
+    return Teaching(logits, noisy, hidden, nearness, codebook, student_width)
 
 
 def toy_arrays(nodes: int = 60, seed: int = 0) -> dict[str, Any]:

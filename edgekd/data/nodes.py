@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.data.graphs import graph_format
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import NodesConfig, PositionsConfig
 from edgekd.data.rng import uniform
 from edgekd.errors import DataRefused, FileMissing
 from edgekd.safeio.arrays import Csr, read_arrays
@@ -32,6 +32,7 @@ ABOUT = "nodes.json"
 VERSION = 1
 _SPARSE_BELOW = 0.2  # share of features that are not 0, below which rows are kept by places
 _MAX_BYTES = 1 << 30
+_PLACES = "positions"
 
 
 @dataclass
@@ -67,6 +68,8 @@ def build(cfg: NodesConfig, seed: int, out: Path) -> dict[str, Any]:
         arrays = {"indptr": indptr, "neighbours": neighbours.astype(np.int32), "labels": raw.labels, "parts": parts, "hidden": hidden}
         for name, array in arrays.items():
             np.save(out / f"{name}.npy", np.asarray(array))
+        if cfg.positions is not None:
+            np.save(out / f"{_PLACES}.npy", _places(indptr, neighbours, hidden, cfg.positions, seed))
         about = {
             "version": VERSION,
             "classes": raw.classes,
@@ -82,6 +85,7 @@ def build(cfg: NodesConfig, seed: int, out: Path) -> dict[str, Any]:
         "edges": len(neighbours),
         "features": features.shape[1],
         "unseen": int(hidden.sum()),
+        "positions": cfg.positions.size if cfg.positions else 0,
         "assumed": raw.notes,
         "skipped": {},
     }
@@ -101,6 +105,7 @@ class Nodes:
     parts: NDArray[np.int8]
     normalised: bool  # whether rows were divided by their sum: whoever brings new rows must do the same
     directed: bool
+    places: Floats | None = None  # (n, size): where a node lies in the graph, for models of rows
     labelled: bool = True
 
     @classmethod
@@ -122,7 +127,7 @@ class Nodes:
             features = np.load(path / "features.npy", mmap_mode="r")
         ids = tuple(about["ids"]) or tuple(map(str, range(len(labels))))
         indptr, neighbours, hidden, parts = (array(n) for n in ("indptr", "neighbours", "hidden", "parts"))
-        said = bool(about["normalise"]), bool(about["directed"])
+        said = bool(about["normalise"]), bool(about["directed"]), array(_PLACES) if (path / f"{_PLACES}.npy").exists() else None
         return cls(tuple(about["classes"]), ids, labels, features, indptr, neighbours, hidden, parts, *said)
 
     def __len__(self) -> int:
@@ -130,8 +135,13 @@ class Nodes:
 
     @property
     def width(self) -> int:
-        """Features of a node."""
+        """Features of a node: its own."""
         return int(self.features.shape[1])
+
+    @property
+    def sample_width(self) -> int:
+        """Numbers that a model of rows takes."""
+        return self.width + (0 if self.places is None else self.places.shape[1])
 
     def split(self, name: str) -> Ints:
         """Positions of the nodes of train, val or test, ascending."""
@@ -143,22 +153,19 @@ class Nodes:
         return np.flatnonzero(~self.hidden).astype(np.int64)
 
     def rows(self, positions: Ints) -> Floats:
-        """(len(positions), width) as models take them."""
+        """(len(positions), width) a node's own features, as models of graphs take them."""
         if isinstance(self.features, Csr):
             return self.features.take(positions).dense()
         return np.ascontiguousarray(self.features[positions], dtype=np.float32)
 
     def samples(self, positions: Ints) -> Floats:
-        """What `normalised` makes inputs of."""
-        return self.rows(positions)
+        """(len(positions), sample_width) what a model of rows takes: a node's features, and where it lies."""
+        rows = self.rows(positions)
+        return rows if self.places is None else np.concatenate([rows, self.places[positions]], axis=1)
 
     def observed(self) -> tuple[Ints, NDArray[np.int32]]:
         """(indptr, neighbours) without the edges of hidden nodes: what there is while training."""
-        if not self.hidden.any():
-            return self.indptr, self.neighbours
-        start = np.repeat(np.arange(len(self)), np.diff(self.indptr))
-        kept = ~self.hidden[start] & ~self.hidden[self.neighbours]
-        return _indptr(start[kept], len(self)), self.neighbours[kept]
+        return _observed(self.indptr, self.neighbours, self.hidden)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -221,6 +228,21 @@ def _edges(raw: Raw, cfg: NodesConfig) -> tuple[Ints, NDArray[np.int64]]:
 
 def _indptr(start: NDArray[Any], nodes: int) -> Ints:
     return np.concatenate([[0], np.bincount(start, minlength=nodes).cumsum()]).astype(np.int64)
+
+
+def _observed(indptr: Ints, neighbours: NDArray[Any], hidden: NDArray[np.bool_]) -> tuple[Ints, NDArray[Any]]:
+    """The edges between nodes that are not hidden."""
+    if not hidden.any():
+        return indptr, neighbours
+    start = np.repeat(np.arange(len(hidden)), np.diff(indptr))
+    kept = ~hidden[start] & ~hidden[neighbours]
+    return _indptr(start[kept], len(hidden)), neighbours[kept]
+
+
+def _places(indptr: Ints, neighbours: NDArray[Any], hidden: NDArray[np.bool_], cfg: PositionsConfig, seed: int) -> Floats:
+    from edgekd.data.positions import positions
+
+    return positions(*_observed(indptr, neighbours, hidden), hidden, (indptr, neighbours), cfg, seed)
 
 
 def _largest(raw: Raw, indptr: Ints, neighbours: NDArray[np.int64]) -> tuple[Raw, Ints, NDArray[np.int64]]:

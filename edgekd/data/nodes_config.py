@@ -34,6 +34,16 @@ class NodeSplitConfig(Config):
         return self
 
 
+class PositionsConfig(Config):
+    """Where a node lies in the graph, as further features for a model of rows."""
+
+    size: int = Field(64, ge=1, le=4096, description="numbers a node gets")
+    walks: int = Field(5, ge=1, le=1000, description="random walks from each node")
+    length: int = Field(50, ge=2, le=10_000, description="nodes of a walk")
+    window: int = Field(5, ge=1, le=100, description="how far apart in a walk two nodes count as near")
+    epochs: int = Field(1, ge=1, le=100, description="how often the walks are learned from")
+
+
 class NodesConfig(Config):
     """The graph of a recipe."""
 
@@ -52,6 +62,10 @@ class NodesConfig(Config):
     )
     hidden: Annotated[float, Field(gt=0, le=1, description="inductive: the part of the test nodes that is unseen; the rest is seen")] = 1.0
     split: NodeSplitConfig = Field(default_factory=NodeSplitConfig, description="which nodes are train, val and test")
+    positions: PositionsConfig | None = Field(
+        None,
+        description="DeepWalk's numbers beside the features that a model of rows sees; whoever asks it then must know a node's neighbours",
+    )
 
     @model_validator(mode="after")
     def _hides_where_asked(self) -> NodesConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # edges: those of the batch's nodes; ends: what the student says of the nodes at their other end; decisions: what the student, in eval mode, says of all
-# seen nodes at the start of an epoch; noise: the teacher's entropies with noise on the features.
-NEEDS = frozenset({"edges", "ends", "decisions", "noise"})
+# seen nodes at the start of an epoch; inside: what the student's last hidden layer gives; features: the batch's own, and the student to ask about others;
+# of the teacher, noise: its entropies with noise on the features; hidden: what its last hidden layer gives; tokens: its codebook, and how near nodes are to it.
+NEEDS = frozenset({"edges", "ends", "decisions", "inside", "features", "noise", "hidden", "tokens"})
+OF_TEACHER = frozenset({"noise", "hidden", "tokens"})  # what a file of answers does not hold
 
 
 class GraphDistillConfig(Config):
@@ -29,6 +32,11 @@ class Teaching:
 
     logits: Tensor  # (seen nodes, classes) of the teacher, calibrated
     noisy_entropy: Tensor | None = None  # (seen nodes,) of its answers to noisy features, where asked for
+    hidden: Tensor | None = None  # (seen nodes, width) of its last hidden layer, where asked for
+    nearness: Tensor | None = None  # (seen nodes, codes) to each code, where asked for
+    codebook: Tensor | None = None  # (codes, width), where asked for
+    student_width: int = 0  # of the student's last hidden layer
+    student_dropout: float = 0.0
 
 
 @dataclass
@@ -44,6 +52,12 @@ class NodeBatch:
     decisions: Tensor | None  # (seen nodes, classes) what the student says in eval mode, at the start of an epoch that is not the first
     epoch: int
     progress: float  # 0 at the first step, 1 at the last
+    hidden: Tensor | None = None  # (rows of `student`, width) of its last hidden layer before norm and ReLU, where `inside` is asked for
+    embedding: Tensor | None = None  # (rows of `student`, width) what its classifier reads, where `inside` is asked for
+    features: Tensor | None = None  # (own nodes, features), dense, where asked for
+    ask: Callable[[Tensor], Tensor] | None = (
+        None  # (rows, features) -> (rows, classes) of the student as it trains, where `features` is asked for
+    )
 
 
 class GraphDistiller(Protocol):

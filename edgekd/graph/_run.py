@@ -23,7 +23,7 @@ from edgekd.graph._sampler import neighbours_of, surroundings
 from edgekd.models.architectures._edges import sparse
 from edgekd.safeio.arrays import Csr
 from edgekd.train.config import NodeTrainConfig
-from edgekd.train.loop import Run
+from edgekd.train.loop import Run, Trained
 from edgekd.train.speed import Speed
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ class NodeJob:
         return NodeRun(self, ranks)
 
 
-def features_of(nodes: Nodes, positions: Ints | None = None, *, device: str = "cpu") -> Tensor:
-    """(rows, features) of these nodes, or of all; sparse by rows where the graph keeps them so."""
+def features_of(nodes: Nodes, positions: Ints | None = None, *, looks_at: str = "graph", device: str = "cpu") -> Tensor:
+    """(rows, features) of these nodes, or of all, as a model that looks at `rows` or at a `graph` takes them; sparse by rows where the graph keeps them so."""
+    if looks_at == "rows" and nodes.places is not None:
+        return torch.from_numpy(nodes.samples(np.arange(len(nodes)) if positions is None else positions)).to(device)
     if isinstance(nodes.features, Csr):
         x = nodes.features if positions is None else nodes.features.take(positions)
         return sparse(x.indptr, x.indices, x.values, x.shape).to(device)
@@ -95,6 +97,10 @@ class NodeRun(Run):
         self.place[self.seen] = np.arange(len(self.seen))
         needs = job.distiller.needs if job.distiller is not None else frozenset()
         self.needs_edges, self.needs_ends, self.needs_decisions = "edges" in needs, "ends" in needs, "decisions" in needs
+        self.needs_features = "features" in needs
+        self.inside: dict[str, Tensor] = {}
+        if "inside" in needs:
+            self._listen()
         self.taught = job.teacher.to(job.device) if job.teacher is not None else None
         labels = nodes.labels[self.labelled]
         self.weights = class_weights(labels, len(nodes.classes)).to(job.device) if job.cfg.class_weights == "balanced" else None
@@ -107,6 +113,18 @@ class NodeRun(Run):
     def _edges_of(self, indptr: Ints, neighbours: NDArray[Any]) -> Tensor:
         made: Tensor = self.model.edges(indptr, neighbours)
         return made.to(self.job.device)
+
+    def _listen(self) -> None:
+        """Keeps what the student's last hidden layer gives and what its classifier reads, of its latest pass."""
+        *_, last = self.model.body
+
+        def hidden(_module: nn.Module, _args: Any, out: Tensor) -> None:
+            self.inside["hidden"] = out
+
+        def embedding(_module: nn.Module, args: Any) -> None:
+            self.inside["embedding"] = args[0]
+
+        self.hooks = [last.register_forward_hook(hidden), self.model.classifier.register_forward_pre_hook(embedding)]
 
     # ------------------------------------------------------------------------------------------------ batches
     def remaining(self) -> Iterator[Ints]:
@@ -124,7 +142,9 @@ class NodeRun(Run):
     def terms(self, batch: Ints, epoch: int) -> dict[str, Tensor]:
         torch.manual_seed(seed_of(self.job.seed, "step", self.step))
         if self.job.looks_at == "graph":
-            return {"label": self._label_loss(self._graph_logits(batch, epoch), batch)}
+            said = self._graph_logits(batch, epoch)
+            own = self.model.own_terms() if hasattr(self.model, "own_terms") else {}
+            return {"label": self._label_loss(said, batch)} | own
         if self.job.distiller is None:
             return {"label": self._label_loss(self._row_logits(batch), batch)}
         return self._distilled(batch, epoch)
@@ -145,13 +165,23 @@ class NodeRun(Run):
         decisions = self._decisions() if self.needs_decisions and epoch and self.step % self.per_epoch == 0 else None
         torch.manual_seed(seed_of(job.seed, "step", self.step))
         logits = self._row_logits(asked)
+        inside = self.inside  # before other passes of the student
+        self.inside = {}
         terms = {"label": job.label_weight * self._labelled_loss(logits, asked)}
         at = torch.from_numpy(np.stack([rows, self.place[others]])).to(job.device)
         ends = torch.from_numpy(_places(asked, others)).to(job.device) if self.needs_ends else None
         nodes = torch.from_numpy(self.place[asked]).to(job.device)
         progress = self.step / max(self.total - 1, 1)
         given = NodeBatch(logits, nodes, len(batch), self.taught, at if self.needs_edges else None, ends, decisions, epoch, progress)
+        given.hidden, given.embedding = inside.get("hidden"), inside.get("embedding")
+        if self.needs_features:
+            own = self._features(batch)
+            given.features, given.ask = own if own.layout == torch.strided else own.to_dense(), self._ask
         return terms | job.distiller.terms(given)
+
+    def _ask(self, x: Tensor) -> Tensor:
+        found: Tensor = self.model(x)
+        return found.float()
 
     # ------------------------------------------------------------------------------------------------ logits and labels
     def _row_logits(self, positions: Ints) -> Tensor:
@@ -162,9 +192,9 @@ class NodeRun(Run):
     def _features(self, positions: Ints) -> Tensor:
         """Features of these nodes; where all are learned from at once, kept."""
         if not self.whole:
-            return features_of(self.job.nodes, positions, device=self.job.device)
+            return features_of(self.job.nodes, positions, looks_at=self.job.looks_at, device=self.job.device)
         if id(positions) not in self.kept:
-            self.kept[id(positions)] = features_of(self.job.nodes, positions, device=self.job.device)
+            self.kept[id(positions)] = features_of(self.job.nodes, positions, looks_at=self.job.looks_at, device=self.job.device)
         return self.kept[id(positions)]
 
     def _graph_logits(self, batch: Ints, epoch: int) -> Tensor:
@@ -226,6 +256,11 @@ class NodeRun(Run):
         else:
             outputs = self._said(model, self.val)
         return float(job.task.metrics(outputs.cpu().numpy(), job.nodes.labels[self.val], None)[job.task.metric_name])
+
+    def finish(self) -> Trained:
+        for hook in getattr(self, "hooks", []):
+            hook.remove()
+        return super().finish()
 
 
 def whole_graph_logits(model: nn.Module, x: Tensor, edges: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from edgekd.data.nodes import Nodes
 from edgekd.data.rng import seed_of
-from edgekd.errors import InputRefused
+from edgekd.errors import InputRefused, UsageError
 from edgekd.graph._kl import entropy
 from edgekd.graph._run import features_of
 
@@ -59,6 +59,21 @@ def calibrate(logits: NDArray[np.float32], labels: NDArray[np.int64], where: str
             hint="train it longer: -o teacher.train.patience=200; or check its features and labels; -o teacher.calibrated=false goes on",
         )
     return found, Calibration(temperature, part)
+
+
+def hidden_of(model: nn.Module, x: Tensor, edges: Tensor | None) -> Tensor:
+    """(nodes, width) what a model's last hidden layer gives before norm and ReLU, in eval mode. Raises UsageError for one that has none."""
+    *_, last = getattr(model, "body", None) or (None,)
+    if last is None:
+        raise UsageError(
+            "the teacher has no hidden layer", where="teacher.args.layers", expected="2 or more", hint="-o teacher.args.layers=2"
+        )
+    found: list[Tensor] = []
+    hook = last.register_forward_hook(lambda _module, _args, out: found.append(out))
+    with torch.no_grad():
+        model.eval()(x, *(() if edges is None else (edges,)))
+    hook.remove()
+    return found[0].float()
 
 
 def noisy_entropy(model: nn.Module, nodes: Nodes, edges: Tensor, temperature: float, seed: int) -> Tensor:

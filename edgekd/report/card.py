@@ -58,7 +58,10 @@ def _image(prepare: Mapping[str, Any]) -> str:
 
 
 def _row(prepare: Mapping[str, Any]) -> str:
-    return f"{prepare['features']} features{', divided by their sum' if prepare['divide_by_sum'] else ''}; its neighbours are not needed"
+    divided = ", divided by their sum" if prepare["divide_by_sum"] else ""
+    if size := prepare.get("positions"):
+        return f"{prepare['features']} features{divided}, the last {size} of them where it lies in the graph: `predict.py` averages those of the nodes that are named"
+    return f"{prepare['features']} features{divided}; its neighbours are not needed"
 
 
 def _tested(test: Mapping[str, Any] | None) -> str:

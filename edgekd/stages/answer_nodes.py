@@ -16,7 +16,7 @@ from edgekd.artifact import Artifact, Kind
 from edgekd.config import Config as Base
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
-from edgekd.stages.distill_nodes import LOGITS, NOISY
+from edgekd.stages.distill_nodes import CODEBOOK, HIDDEN, LOGITS, NEARNESS, NOISY
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -27,6 +27,8 @@ class AnswerNodes:
     class Config(Base):
         calibrated: bool = Field(True, description="divided by the temperature that fits val; a teacher that stays flat is refused")
         noise: bool = Field(False, description="also its entropies with noise on the features, for methods that ask for them")
+        hidden: bool = Field(False, description="also what its last hidden layer gives")
+        tokens: bool = Field(False, description="also its codebook, and how near each node is to each code")
 
     takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA}
     gives = Kind.ANSWERS
@@ -37,14 +39,15 @@ class AnswerNodes:
         import numpy as np
 
         from edgekd.graph._run import features_of, whole_graph_logits
-        from edgekd.graph._teacher import noisy_entropy
+        from edgekd.graph._teacher import hidden_of, noisy_entropy
         from edgekd.models.build import load_model
         from edgekd.stages._common import open_nodes
 
         config, nodes = settings.typed(self.Config), open_nodes(inputs["data"])
         model, spec = load_model(inputs["model"])
-        x = features_of(nodes)
-        if registry.load("architecture", spec.arch).looks_at == "graph":
+        looks_at = registry.load("architecture", spec.arch).looks_at
+        x = features_of(nodes, looks_at=looks_at)
+        if looks_at == "graph":
             edges: Any = model.edges(*nodes.observed())  # type: ignore[operator]
             learned = whole_graph_logits(model, x, edges).numpy()
             every = model.edges(nodes.indptr, nodes.neighbours) if nodes.hidden.any() else None  # type: ignore[operator]
@@ -55,6 +58,12 @@ class AnswerNodes:
         found = write_answers(learned, judged, nodes, config.calibrated, out)
         if config.noise and edges is not None:
             np.save(out / NOISY, noisy_entropy(model, nodes, edges, found["temperature"], ctx.seed).numpy())
+        if config.hidden:
+            np.save(out / HIDDEN, hidden_of(model, x, edges).numpy())
+        if config.tokens and edges is not None:
+            nearness, codebook = model.tokens(x, edges)  # type: ignore[operator]
+            np.save(out / NEARNESS, nearness.numpy())
+            np.save(out / CODEBOOK, codebook.numpy())
         return {"arch": spec.arch} | found
 
 

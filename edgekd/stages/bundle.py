@@ -91,6 +91,7 @@ class Bundle:
         }
         write_facts(folder, body)
         (folder / "labels.txt").write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
+        _write_positions(folder / "positions.npz", dataset)
         for script in ("predict.py", *(["build.py"] if build else [])):
             template = template_of(task) if script == "predict.py" else script
             (folder / script).write_bytes(resources.files("edgekd.templates").joinpath(template).read_bytes())
@@ -131,9 +132,21 @@ class Bundle:
 def _preprocess(facts: Mapping[str, Any], data: Artifact) -> dict[str, Any]:
     """What predict.py does to a sample before the model sees it."""
     if "features" in facts:
-        return {"features": facts["features"], "divide_by_sum": bool(data.json("nodes.json")["normalise"])}
+        given = {"features": facts["features"], "divide_by_sum": bool(data.json("nodes.json")["normalise"])}
+        return given | ({"positions": size} if (size := data.meta.get("positions", 0)) else {})
     index = data.json("index.json")
     return {n: facts[n] for n in ("image_size", "mean", "std")} | {n: index[n] for n in ("resize", "interpolation")}
+
+
+def _write_positions(path: Path, dataset: Any) -> None:
+    """Where the nodes lie that training saw, by name: what predict.py averages for a new one. Nothing where the model was trained without."""
+    import numpy as np
+
+    from edgekd.safeio.arrays import write_arrays
+
+    if getattr(dataset, "places", None) is not None:
+        seen = dataset.seen
+        write_arrays(path, {"ids": np.array([dataset.ids[i] for i in seen]), "positions": dataset.places[seen]})
 
 
 def _write_samples(path: Path, graph: Artifact, dataset: Any, ctx: Context) -> float:

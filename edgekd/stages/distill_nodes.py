@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgekd.data.nodes import Nodes
     from edgekd.graph._distiller import Teaching
 
-LOGITS, NOISY = "logits.npy", "noisy_entropy.npy"
+LOGITS, NOISY, HIDDEN, NEARNESS, CODEBOOK = "logits.npy", "noisy_entropy.npy", "hidden.npy", "nearness.npy", "codebook.npy"
 _ONE_CLASS = 0.95  # share of val that gets one answer, above which a student has collapsed, unless its teacher says so as well
 
 
@@ -48,7 +48,7 @@ class DistillNodes:
             raise InputRefused(
                 f"the student {job.spec.arch} looks at neighbours", where="model.arch", expected="a model of rows", hint="-o model.arch=mlp"
             )
-        said = teaching(inputs["answers"], job.nodes)
+        said = teaching(inputs["answers"], job.nodes, job.model)
         job.distiller, job.label_weight, job.teacher = distiller, distiller.config.label_weight, said.logits
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(ctx.seed)
@@ -58,16 +58,23 @@ class DistillNodes:
         return meta
 
 
-def teaching(answers: Artifact, nodes: Nodes) -> Teaching:
-    """What a teacher says of all seen nodes."""
+def teaching(answers: Artifact, nodes: Nodes, student: Any) -> Teaching:
+    """What a teacher says of all seen nodes, and what a method may want to know of the student."""
     import numpy as np
     import torch
 
     from edgekd.graph._distiller import Teaching
 
-    logits = torch.from_numpy(np.load(answers.path / LOGITS)[nodes.seen])
-    noisy = answers.path / NOISY
-    return Teaching(logits, torch.from_numpy(np.load(noisy)[nodes.seen]) if noisy.is_file() else None)
+    def read(name: str) -> Any:  # a tensor, where there is one
+        return torch.from_numpy(np.load(answers.path / name)) if (answers.path / name).is_file() else None
+
+    noisy, hidden, near = (None if (found := read(n)) is None else found[nodes.seen] for n in (NOISY, HIDDEN, NEARNESS))
+    return Teaching(read(LOGITS)[nodes.seen], noisy, hidden, near, read(CODEBOOK), *inside_of(student))
+
+
+def inside_of(student: Any) -> tuple[int, float]:
+    """Width of a student's last hidden layer, and its dropout."""
+    return int(student.classifier.in_features), float(getattr(student, "dropout", 0.0))
 
 
 def assert_not_collapsed(model: Any, nodes: Nodes, teacher: NDArray[np.float32], name: str) -> None:
@@ -78,7 +85,7 @@ def assert_not_collapsed(model: Any, nodes: Nodes, teacher: NDArray[np.float32],
     from edgekd.graph._run import features_of
 
     with torch.no_grad():
-        said = model.eval()(features_of(nodes, nodes.split("val"))).argmax(1).numpy()
+        said = model.eval()(features_of(nodes, nodes.split("val"), looks_at="rows")).argmax(1).numpy()
     shares = [np.bincount(s, minlength=len(nodes.classes)).max() / len(s) for s in (said, teacher.argmax(1))]
     if shares[0] > _ONE_CLASS and shares[1] <= _ONE_CLASS:
         raise InputRefused(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd import registry
 from edgekd.artifact import Artifact, Kind
 from edgekd.errors import CheckpointRefused
 from edgekd.models.spec import ModelConfig
@@ -65,7 +66,8 @@ def _of_nodes(config: ModelConfig, settings: Settings, inputs: Mapping[str, Arti
     from edgekd.stages._common import open_nodes, unchanged
 
     nodes = open_nodes(inputs["data"])
-    spec = models.make_node_spec(config, num_classes=len(nodes.classes), features=nodes.width)
+    rows = config.arch in registry.names("architecture") and registry.load("architecture", config.arch).looks_at == "rows"
+    spec = models.make_node_spec(config, num_classes=len(nodes.classes), features=nodes.sample_width if rows else nodes.width)
     model = models.build(spec, seed=ctx.seed)
     if config.weights is not None:
         unchanged(config.weights, settings)

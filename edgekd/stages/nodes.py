@@ -22,7 +22,7 @@ class ReadNodes:
     takes: Mapping[str, Kind] = {}
     gives = Kind.DATA
     version = 1
-    libraries = ("numpy", "scipy")
+    libraries = ("numpy", "scipy", "gensim")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         from edgekd.data.graphs import fingerprint

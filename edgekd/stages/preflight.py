@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _BATCH = 4
 _NODES = 64
+_MADE_UP = 4  # units and codes of a made-up teacher of nodes
 
 
 class Probe(Base):
@@ -177,6 +178,7 @@ def _teach_once(probe: Probe, student: tuple[nn.Module, ModelSpec], nodes: Nodes
 
     from edgekd.graph._distiller import Teaching
     from edgekd.graph._run import NodeJob
+    from edgekd.stages.distill_nodes import inside_of
     from edgekd.train.config import NodeTrainConfig
 
     cls = registry.load("graph_distill", str(probe.method))
@@ -187,7 +189,8 @@ def _teach_once(probe: Probe, student: tuple[nn.Module, ModelSpec], nodes: Nodes
     job.distiller, job.label_weight, job.teacher = distiller, distiller.config.label_weight, said
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        job.projectors = distiller.setup(Teaching(said, said.abs().sum(1)))
+        hidden, codebook = torch.randn(len(said), _MADE_UP), torch.randn(_MADE_UP, _MADE_UP)
+        job.projectors = distiller.setup(Teaching(said, said.abs().sum(1), hidden, hidden, codebook, *inside_of(net)))
         run = job.start(None)
         run.train_step(next(run.remaining()))
 

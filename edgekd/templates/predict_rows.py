@@ -1,6 +1,8 @@
 """Classifies rows of features with the model of this bundle: python predict.py FILE...
 
-A FILE is a .npy array (rows, features), or a .csv of numbers, a row a line; a first line that is not numbers is taken for a header. Rows need no neighbours.
+A FILE is a .npy array (rows, features), or a .csv of numbers, a row a line; a first line that is not numbers is taken for a header. Rows need no neighbours,
+unless the model was trained with positions (there is a positions.npz here): then FILE.near says of each row, a line a row, the name of its node, or those of its
+neighbours between tabs; what is known of them is averaged. Rows that end with their position need no such file.
 Needs Python 3.8 or newer, onnxruntime and numpy; nothing of edgekd. Prints a line a row: its number, label, probability.
 """
 
@@ -46,18 +48,36 @@ def is_number(text: str) -> bool:
     return True
 
 
+def near(path: Path, rows: int, size: int) -> np.ndarray:
+    """(rows, size) mean positions of the nodes that each line names; 0 where none of them is known."""
+    beside = path.with_name(path.name + ".near")
+    if not beside.is_file():
+        raise ValueError(f"its rows have no positions: name their nodes, or the neighbours of new ones, in {beside.name}, a line a row")
+    lines = beside.read_text(encoding="utf-8-sig").splitlines()
+    if len(lines) != rows:
+        raise ValueError(f"{beside.name} has {len(lines)} lines for {rows} rows")
+    with np.load(HERE / "positions.npz", allow_pickle=False) as known:
+        table, place = known["positions"], {name: i for i, name in enumerate(known["ids"].tolist())}
+    found = np.zeros((rows, size), np.float32)
+    for row, line in enumerate(lines):
+        at = [place[name] for name in line.split("\t") if name in place]
+        if at:
+            found[row] = table[at].mean(0)
+    return found
+
+
 def preprocess(rows: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """The same steps as in training: divided by the sum of the row, where the model was trained so."""
-    x: np.ndarray = np.ascontiguousarray(rows, np.float32)
+    """The same steps as in training: features divided by their sum, where the model was trained so; positions stay."""
+    x: np.ndarray = np.array(rows, np.float32)
     if x.shape[1] != settings["features"]:
         raise ValueError(f"its rows have {x.shape[1]} features, the model takes {settings['features']}")
     if not np.isfinite(x).all():
         raise ValueError("a feature is not a finite number")
     if settings["divide_by_sum"]:
-        sums = x.sum(1, keepdims=True)
-        x = x / np.where(sums == 0, 1, sums)
-    given: np.ndarray = np.ascontiguousarray(x, np.float32)
-    return given
+        own = x[:, : settings["features"] - settings.get("positions", 0)]
+        sums = own.sum(1, keepdims=True)
+        own /= np.where(sums == 0, 1, sums)
+    return x
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -78,7 +98,9 @@ def main() -> None:
     size, failed = bundle["fixed_batch"] or BATCH, False
     for path in map(Path, sys.argv[1:]):
         try:
-            rows = read(path)
+            rows, places = read(path), bundle["preprocess"].get("positions", 0)
+            if places and rows.shape[1] == bundle["preprocess"]["features"] - places:
+                rows = np.concatenate([rows, near(path, len(rows), places)], axis=1)
             for start in range(0, len(rows), size):
                 x = preprocess(rows[start : start + size], bundle["preprocess"])
                 given = x if not bundle["fixed_batch"] else np.resize(x, (size, x.shape[1]))

@@ -146,6 +146,58 @@ def test_soft_labels_that_miss_nodes_or_say_nothing_are_refused(tmp_path: Path, 
     assert "nearly uniform" in result.err
 
 
+def test_positions_are_learned_with_and_the_bundle_takes_the_names_of_nodes_or_of_neighbours(tmp_path: Path, home: Path) -> None:
+    """A known node by its name, one that nobody knows as if it lay nowhere, rows that end with their position as they are."""
+    with short_measurements():
+        chosen = ("-o", "data.positions={size: 6, walks: 4, length: 12}", "-o", "distill.batch_size=16")
+        result = run_here("compress", recipe(tmp_path, method="nosmog"), *chosen, "--out", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    bundle = tmp_path / "run" / "host"
+    with np.load(bundle / "positions.npz") as known, np.load(bundle / "samples.npz") as stored:
+        ids, table, rows, wanted = known["ids"].tolist(), known["positions"], stored["rows"], stored["outputs"].argmax(1)
+    assert rows.shape[1] == 5 + 6
+    names = [ids[int(np.abs(table - row[5:]).sum(1).argmin())] for row in rows]
+    np.save(tmp_path / "full.npy", rows)
+    np.save(tmp_path / "own.npy", rows[:, :5])
+    answer = predicted(bundle, tmp_path / "own.npy")
+    assert answer.returncode == 1
+    assert "name their nodes, or the neighbours of new ones, in own.npy.near" in answer.stderr
+    (tmp_path / "own.npy.near").write_text("\n".join(names))
+    labels = json.loads((bundle / "bundle.json").read_text())["labels"]
+    for file in ("full.npy", "own.npy"):
+        answer = predicted(bundle, tmp_path / file)
+        assert answer.returncode == 0, answer.stderr
+        assert [line.split("\t")[1] for line in answer.stdout.splitlines()] == [labels[i] for i in wanted]
+    (tmp_path / "own.npy.near").write_text("\n".join([f"{ids[0]}\t{ids[1]}", "nobody", *names[2:]]))
+    rows[0, 5:], rows[1, 5:] = table[:2].mean(0), 0
+    np.save(tmp_path / "full.npy", rows)
+    assert predicted(bundle, tmp_path / "own.npy").stdout == predicted(bundle, tmp_path / "full.npy").stdout
+    (tmp_path / "own.npy.near").write_text("1\n")
+    assert "has 1 lines for 8 rows" in predicted(bundle, tmp_path / "own.npy").stderr
+    assert run_here("verify", bundle).code == 0
+    assert "6 of them where it lies in the graph" in (bundle / "MODEL_CARD.md").read_text()
+
+
+def test_a_teacher_with_a_codebook_teaches_its_tokens_and_another_has_none(tmp_path: Path, home: Path) -> None:
+    tokenizer = "teacher: {arch: vqgcn, args: {hidden: 16, codes: 12, dropout: 0.1}, train: {epochs: 80}}"
+    with short_measurements():
+        result = run_here(
+            "compress",
+            recipe(tmp_path, method="vqgraph", teacher=tokenizer),
+            "-o",
+            "distill.tokens=0.01",
+            "--out",
+            tmp_path / "run",
+            "--json",
+        )
+    assert result.code == 0, result.err
+    assert result.json()["targets"][0]["metric"] > 0.6
+    assert {"label", "kd", "tokens"} == set(result.json()["curves"]["distill"][-1]["terms"])
+    result = run_here("check", recipe(tmp_path, method="vqgraph"))
+    assert result.code == 2
+    assert "vqgraph learns a teacher's tokens, and gcn has none: -o teacher.arch=vqgcn" in result.err
+
+
 def test_the_inductive_setting_hides_test_nodes_from_teacher_and_student(tmp_path: Path, home: Path) -> None:
     with short_measurements():
         result = run_here("compress", recipe(tmp_path), "-o", "data.setting=inductive", "--out", tmp_path / "run", "--json")
@@ -194,7 +246,7 @@ def test_a_method_that_asks_the_teacher_again_needs_one_that_can_answer(tmp_path
     predictions(tmp_path)
     result = run_here("check", recipe(tmp_path, method="krd", teacher="teacher: {predictions: said.npz}"))
     assert result.code == 2
-    assert "krd asks the teacher about noisy features" in result.err
+    assert "krd asks the teacher for more than its answers" in result.err
     result = run_here("check", recipe(tmp_path, teacher=""))
     assert result.code == 2
     assert "has no teacher" in result.err

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from edgekd import registry
-from edgekd.graph._distiller import NodeBatch, Teaching
+from edgekd.graph._distiller import NodeBatch
 from edgekd.graph.krd import fitted_power
+from tests.graphs import taught
 
 NODES, CLASSES = 7, 3
 EDGES = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6, 6], [1, 2, 0, 0, 4, 3, 6, 5, 0]])
@@ -31,9 +32,17 @@ def logits(seed: int) -> Tensor:
     return torch.randn(NODES, CLASSES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def whole(student: Tensor, teacher: Tensor, *, epoch: int = 0, decisions: Tensor | None = None) -> NodeBatch:
-    """All nodes at once."""
-    return NodeBatch(student, torch.arange(NODES), NODES, teacher, EDGES, EDGES[1], decisions, epoch, 0.5)
+def whole(student: Tensor, teacher: Tensor, *, epoch: int = 0, decisions: Tensor | None = None, hidden: Tensor | None = None) -> NodeBatch:
+    """All nodes at once, of a student whose hidden layer is made up and whose answers to other features are linear in them."""
+    draw = torch.Generator().manual_seed(9)
+    inside, x, weight = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64).to(student.dtype) for shape in ((NODES, 3), (NODES, 4), (4, CLASSES))
+    )
+    inside = inside if hidden is None else hidden
+    batch = NodeBatch(student, torch.arange(NODES), NODES, teacher, EDGES, EDGES[1], decisions, epoch, 0.5)
+    batch.hidden, batch.embedding, batch.features = inside, inside.relu(), x
+    batch.ask = lambda rows: rows @ weight
+    return batch
 
 
 def distiller(name: str, **settings: Any) -> Any:
@@ -43,7 +52,10 @@ def distiller(name: str, **settings: Any) -> Any:
 
 def ready(name: str, teacher: Tensor, **settings: Any) -> Any:
     made = distiller(name, **settings)
-    made.setup(Teaching(teacher, torch.linspace(0, 1, NODES, dtype=torch.float64)))
+    torch.manual_seed(0)
+    projectors = made.setup(taught(teacher, student_width=3))
+    if projectors is not None:
+        projectors.to(teacher.dtype)
     return made
 
 
@@ -145,13 +157,14 @@ def test_the_fit_keeps_the_power_where_nothing_can_be_fitted(agree: Any) -> None
 @pytest.mark.parametrize("name", registry.names("graph_distill"))
 def test_gradients(name: str) -> None:
     t = logits(1)
-    made = ready(name, t)
+    made = ready(name, t, **({"tokens": 1.0} if name == "vqgraph" else {}))
 
-    def loss(z: Tensor) -> Tensor:
+    def loss(z: Tensor, hidden: Tensor) -> Tensor:
         torch.manual_seed(0)
-        return torch.stack(list(made.terms(whole(z, t, epoch=60)).values())).sum()
+        return torch.stack(list(made.terms(whole(z, t, epoch=60, hidden=hidden)).values())).sum()
 
-    assert torch.autograd.gradcheck(loss, (logits(0).requires_grad_(),))
+    hidden = torch.randn(NODES, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert torch.autograd.gradcheck(loss, (logits(0).requires_grad_(), hidden.requires_grad_()))
 
 
 @pytest.mark.parametrize("name", registry.names("graph_distill"))
@@ -161,6 +174,70 @@ def test_terms_are_finite_and_not_negative_in_any_precision_and_vanish_with_thei
         terms = ready(name, t).terms(whole((100 * logits(0)).to(dtype), t, epoch=60))
         assert all(bool(v.isfinite()) and float(v) >= 0 for v in terms.values())
     assert total(ready(name, logits(1), label_weight=1.0).terms(whole(logits(0), logits(1)))) == 0
+
+
+def test_nosmogs_terms_are_the_divergence_the_same_for_pushed_features_and_the_difference_of_products() -> None:
+    z, t = logits(0), logits(1)
+    made = ready("nosmog", t, bound=0.3, adversarial=0.2, similarity=0.7, label_weight=0.25)
+    batch = whole(z, t)
+    torch.manual_seed(4)
+    found = {n: float(v) for n, v in made.terms(batch).items()}
+    plain = sum(kl(softmax(t[i], 1), softmax(z[i], 1)) for i in range(NODES)) / NODES
+    assert found["kd"] == pytest.approx(0.75 * plain, rel=1e-12)
+    layer, hidden = made.project[0], batch.hidden
+    mine = [
+        [max(0.0, float(layer.bias[o] + sum(layer.weight[o, i] * hidden[n, i] for i in range(3)))) for o in range(3)] for n in range(NODES)
+    ]
+    theirs = made.hidden.tolist()
+    gaps = [
+        (sum(a * b for a, b in zip(theirs[i], theirs[j], strict=True)) - sum(a * b for a, b in zip(mine[i], mine[j], strict=True))) ** 2
+        for i in range(NODES)
+        for j in range(NODES)
+    ]
+    assert found["similarity"] == pytest.approx(0.75 * 0.7 * sum(gaps) / NODES**2, rel=1e-12)
+    # five signed steps of a quarter of the bound from the same random start, with the gradient by differences
+    torch.manual_seed(4)
+    x, delta = batch.features, (torch.rand(NODES, 4, dtype=torch.float64) * 2 - 1) * 0.3
+
+    def mean(pushed: Tensor) -> float:
+        said = batch.ask(pushed)
+        return sum(kl(softmax(t[i], 1), softmax(said[i], 1)) for i in range(NODES)) / NODES
+
+    start = mean(x + delta)
+    for _ in range(5):
+        slope = torch.zeros_like(delta)
+        for i in range(NODES):
+            for j in range(4):
+                nudge = torch.zeros_like(delta)
+                nudge[i, j] = 1e-6
+                slope[i, j] = mean(x + delta + nudge) - mean(x + delta - nudge)
+        delta = (delta + 0.3 / 4 * slope.sign()).clamp(-0.3, 0.3)
+    assert found["adversarial"] == pytest.approx(0.75 * 0.2 * mean(x + delta), rel=1e-9)
+    assert mean(x + delta) > start
+
+
+def test_pushing_leaves_no_gradient_in_the_student() -> None:
+    z, t = logits(0), logits(1)
+    batch, weight = whole(z, t), torch.randn(4, CLASSES, dtype=torch.float64, requires_grad=True)
+    batch.ask = lambda rows: rows @ weight
+    made = ready("nosmog", t, similarity=0.0)
+    found = made.terms(batch)
+    assert weight.grad is None
+    found["adversarial"].backward()
+    assert weight.grad is not None
+
+
+def test_vqgraphs_tokens_are_the_divergence_of_soft_assignments_times_the_square_of_the_temperature() -> None:
+    z, t = logits(0), logits(1)
+    made, batch = ready("vqgraph", t, tokens=0.5, token_temperature=3.0, label_weight=0.2), whole(z, t)
+    layer = made.project
+    want = 0.0
+    for n in range(NODES):
+        row = [float(layer.bias[o] + sum(layer.weight[o, i] * batch.embedding[n, i] for i in range(3))) for o in range(4)]
+        near = [-math.dist(row, code) for code in made.codebook.tolist()]
+        want += kl(softmax(made.nearness[n], 3.0), softmax(near, 3.0)) / NODES
+    assert float(made.terms(batch)["tokens"]) == pytest.approx(0.8 * 0.5 * 9 * want, rel=1e-9)
+    assert "tokens" not in ready("vqgraph", t, tokens=0.0).terms(batch)
 
 
 def test_a_batch_of_some_nodes_has_the_terms_of_its_own_edges() -> None:

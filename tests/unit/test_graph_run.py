@@ -17,16 +17,16 @@ from edgekd.console import Console
 from edgekd.context import Context
 from edgekd.data.nodes import Nodes
 from edgekd.errors import InputRefused, Interrupted
-from edgekd.graph._distiller import Teaching
 from edgekd.graph._run import NodeJob, class_weights, features_of, whole_graph_logits
 from edgekd.graph._sampler import neighbours_of, surroundings
 from edgekd.graph._serve import served
 from edgekd.graph._teacher import calibrate, noisy_entropy
+from edgekd.models.architectures._tokenizer import Codebook
 from edgekd.models.spec import ModelSpec
 from edgekd.stages.node_groups import degrees, homophily, seen
 from edgekd.train.config import NodeTrainConfig
 from edgekd.train.loop import Trained, fit
-from tests.graphs import opened, save_npz, toy_arrays
+from tests.graphs import opened, save_npz, taught, toy_arrays
 
 TASK = registry.load("task", "node_classification")()
 GRAPH_MODELS = [n for n in registry.names("architecture") if registry.load("architecture", n).looks_at == "graph"]
@@ -92,7 +92,8 @@ def job(nodes: Nodes, work: Path, arch: str = "mlp", distill: str | None = None,
             torch.randn(len(nodes.seen), 3, generator=torch.Generator().manual_seed(1)),
         )
         made.label_weight = 0.2
-        made.projectors = made.distiller.setup(Teaching(made.teacher, made.teacher.abs().sum(1)))
+        torch.manual_seed(0)
+        made.projectors = made.distiller.setup(taught(made.teacher))
     return made
 
 
@@ -158,6 +159,56 @@ def test_sparse_rows_give_what_dense_rows_give_and_gradients_as_well(name: str, 
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+def test_a_codebook_moves_towards_the_mean_direction_of_those_who_chose_a_code() -> None:
+    """By loops, in float64; codes that nobody chose stay, and the gradient of a code is that of its row."""
+    torch.manual_seed(0)
+    book, x = Codebook(5, 4, decay=0.8).double(), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    before = book.codes.clone()
+    rows, codes = x.detach().numpy(), before.numpy()
+    chosen = [int(np.argmax([r @ c / np.linalg.norm(r) / np.linalg.norm(c) for c in codes])) for r in rows]
+    assert 1 < len(set(chosen)) < 5
+    out = book.train()(x)
+    np.testing.assert_allclose(out.detach(), codes[chosen], rtol=1e-12)
+    out.square().sum().backward()
+    np.testing.assert_allclose(x.grad, 2 * codes[chosen], rtol=1e-12)
+    for i, code in enumerate(codes):
+        mine = [r / np.linalg.norm(r) for r, c in zip(rows, chosen, strict=True) if c == i]
+        want = code / np.linalg.norm(code)
+        if mine:
+            mean = np.mean(mine, axis=0)
+            want = mean / np.linalg.norm(mean)
+        np.testing.assert_allclose(book.codes[i], 0.8 * code + 0.2 * want, rtol=1e-10)
+    book.eval()(x)
+    moved = book.codes.clone()
+    book(x)
+    assert torch.equal(book.codes, moved)
+
+
+def test_a_tokenizers_own_losses_are_of_its_codes_its_nodes_and_every_pair_of_nodes(nodes: Nodes) -> None:
+    made = model("vqgcn", nodes, codes=6, commitment=0.5, node=0.25, edge=2.0).double().train()
+    x, edges = features_of(nodes).double(), made.edges(nodes.indptr, nodes.neighbours).double()
+    codes = made.codebook.codes.clone()
+    made(x, edges)
+    found = {n: float(v.detach()) for n, v in made.own_terms().items()}
+    h = made._first(x, edges).detach().numpy()
+    near = codes.numpy()[(h @ codes.T.numpy() / np.linalg.norm(codes.numpy(), axis=1)).argmax(1)]
+    assert found["commitment"] == pytest.approx(0.5 * ((h - near) ** 2).mean())
+    decoded = {
+        n: (torch.from_numpy(near) @ getattr(made, n).weight.T + getattr(made, n).bias).detach().numpy() for n in ("to_node", "to_edges")
+    }
+    assert found["node"] == pytest.approx(0.25 * ((decoded["to_node"] - h) ** 2).mean())
+    products = decoded["to_edges"] @ decoded["to_edges"].T
+    scaled = (products - products.min()) / (products.max() - products.min())
+    there = np.eye(60)
+    for node in range(60):
+        there[node, nodes.neighbours[nodes.indptr[node] : nodes.indptr[node + 1]]] = 1
+    assert found["edge"] == pytest.approx(2.0 * ((scaled - there) ** 2).mean() ** 0.5)
+    assert made.own_terms() == {}
+    nearness, codebook = made.tokens(x, edges)
+    want = [[row @ c / np.linalg.norm(row) / np.linalg.norm(c) for c in codebook.numpy()] for row in h]
+    np.testing.assert_allclose(nearness, want, atol=1e-10)
+
+
 # ------------------------------------------------------------------------------------------------------------ neighbours
 def test_all_neighbours_are_found_and_some_are_drawn_without_replacement(nodes: Nodes) -> None:
     asked = np.array([5, 0, 17, 5])
@@ -194,7 +245,8 @@ def test_the_surroundings_of_some_nodes_give_them_what_the_whole_graph_gives(nam
 # ------------------------------------------------------------------------------------------------------------ training
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 7}, {"batch_size": 7, "neighbours": 2}, {"class_weights": "balanced"}])
 @pytest.mark.parametrize(
-    ("arch", "distill"), [("gcn", None), ("gat", None), ("mlp", None), *(("mlp", d) for d in registry.names("graph_distill"))]
+    ("arch", "distill"),
+    [("gcn", None), ("gat", None), ("vqgcn", None), ("mlp", None), *(("mlp", d) for d in registry.names("graph_distill"))],
 )
 def test_a_training_killed_anywhere_goes_on_to_the_same_weights(
     arch: str, distill: str | None, settings: Any, nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
