@@ -112,6 +112,7 @@ class _Summary:
         if "teacher.served" in self.done.artifacts:
             body = self.done.artifacts["teacher.served"].json("trace.json")
             found["served"] = {"latency_ms": {n: self._served(n) for n in body["latency"]}, "ratios": body["ratios"]}
+            found["served"]["whole_us_per_node"] = body["whole_us_per_node"]
         return found
 
     def _reference(self, name: str) -> dict[str, Any]:

@@ -4,6 +4,9 @@ A ROW is a graph with its split and a teacher, with the hyper-parameters of the 
 class). The teacher is calibrated on val before it teaches; weights are those of the best epoch on val; test is read once. Seeds 0 to N-1, fixed beforehand.
 Everything runs through the stages of a recipe and comes from the store the second time. FOLDER holds planetoid/ and npz/.
 
+`--latency`: what one node costs on Amazon-Photo, Cora and Citeseer, hidden width 128, two and three layers, one thread: the GNN with its neighbours fetched and
+propagated, the same with its first product cached for every node, and the engine that replaces it; and the whole graph at once. Writes tools/graphs/latency.md.
+
 `--large`: a generated graph of 1,000,000 nodes, 10,000,000 edges, 128 features and 40 classes teaches a student from given soft labels, one epoch by ffg2m in
 batches of 8192 nodes; prints seconds and the most memory that the process held. Its files are made by another process.
 
@@ -217,6 +220,45 @@ def table(row: Row, found: list[dict[str, Any]], command: str) -> str:
     return "\n".join(lines + (["", "Failed: " + "; ".join(failed)] if failed else [])) + "\n"
 
 
+def latency(data: Path) -> str:
+    """A table of milliseconds and ratios; weights are hardly trained, which changes nothing about them."""
+    lines = [
+        "# What one node costs\n",
+        "SAGE against an MLP, hidden width 128, one thread, one random node at a time, median milliseconds of interleaved runs; the student's engine as `backend: auto` and "
+        "`ptq` ship it, its row fetched from memory. Made by `python tools/bench_graph.py --latency --data FOLDER`.\n",
+        "| graph, layers | engine | student | GNN, neighbours fetched | | GNN, first product cached | | whole graph, µs a node: GNN | student | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    graphs = {"amazon_photo": ({"format": "csr_npz", **BY_CLASS}, "npz"), "cora": (PUBLIC, "planetoid"), "citeseer": (PUBLIC, "planetoid")}
+    for name, (settings, folder) in graphs.items():
+        for layers in (2, 3):
+            size = {"layers": layers, "hidden": 128}
+            few = {"epochs": 20, "patience": 0}
+            values = {
+                "version": 1,
+                "task": "node_classification",
+                "data": settings | {"name": name, "root": str(data / folder)},
+                "teacher": {"arch": "sage", "args": size, "train": few, "calibrated": False},
+                "model": {"arch": "mlp", "args": size},
+                "stages": [{"distill": {"method": "glnn", **few}}, {"quantize": {"method": "ptq"}}],
+                "targets": {"host": {}},
+                "accept": {"accuracy_drop_max": 1},
+            }
+            with tempfile.TemporaryDirectory() as work:
+                plan = build_plan(recipe.from_values("latency", values))
+                done = execute(plan, Context(Store(Path(work) / "home"), Console(quiet=True), work=Path(work)))
+                body = done.artifacts["teacher.served"].json("trace.json")
+                engine = done.artifacts["host.bundle"].json("bundle/bundle.json")
+            shown = [f"{body['latency'][n]['p50']:.3f}" for n in ("student", "fetched", "cached")]
+            times = [f"{body['ratios'][n]['ratio']:.1f}x" for n in ("fetched", "cached")]
+            whole = body["whole_us_per_node"]
+            cells = [f"{name}, {layers}", engine["precision"], shown[0], shown[1], times[0], shown[2], times[1]]
+            cells += [f"{whole['teacher']:.2f}", f"{whole['student']:.2f}", f"{whole['teacher'] / whole['student']:.1f}x"]
+            lines.append("| " + " | ".join(cells) + " |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines) + "\n"
+
+
 def make_large(folder: Path) -> None:
     """A graph whose communities are its classes, and soft labels of every node."""
     nodes, edges, width, classes = LARGE
@@ -273,15 +315,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--latency", action="store_true")
     parser.add_argument("--large", nargs="*")
     args = parser.parse_args()
     if args.large is not None:
         large() if not args.large else {"make": make_large, "learn": learn_large}[args.large[0]](Path(args.large[1]))
         return
-    if args.list or not args.rows or args.data is None:
+    if args.list or args.data is None or not (args.rows or args.latency):
         print("\n".join(f"{name}: {row.words}" for name, row in ROWS.items()))
         return
     OUT.mkdir(exist_ok=True)
+    if args.latency:
+        text = latency(args.data)
+        (OUT / "latency.md").write_text(text, encoding="utf-8")
+        print(text)
     for name in args.rows:
         row = ROWS[name]
         methods = args.methods or list(row.methods)

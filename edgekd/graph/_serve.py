@@ -7,8 +7,10 @@ edges depend on what they see (gat, a user's own) have the first way only, by to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from itertools import cycle
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from edgekd.data.nodes import Nodes
 
     Floats = NDArray[np.float32]
+
+
+_BATCH, _MOST = 4096, 65_536  # rows of a batch, and of all of them
 
 
 class Propagated:
@@ -113,6 +118,50 @@ class Student:
         row = normalised(self.nodes.samples(np.array([node])), self.facts)
         found: Floats = self.session.run({self.facts["input"]: np.repeat(row, self.facts["fixed_batch"] or 1, axis=0)})[0][0]
         return found
+
+
+class WholeGraph:
+    """A graph model that is asked about every node at once, so that it fetches nothing."""
+
+    def __init__(self, model: nn.Module, nodes: Nodes):
+        self.model, self.x, self.rows = model.eval(), features_of(nodes), len(nodes)
+        self.edges: Any = model.edges(nodes.indptr, nodes.neighbours)  # type: ignore[operator]
+
+    def __call__(self) -> Floats:
+        """Logits (nodes, classes)."""
+        with torch.inference_mode():
+            found: Floats = self.model(self.x, self.edges).float().numpy()
+        return found
+
+
+class EveryRow:
+    """The shipped engine, asked about every node, or the first of very many, in batches."""
+
+    def __init__(self, session: Session, facts: Mapping[str, Any], nodes: Nodes):
+        self.session, self.name, self.fixed = session, str(facts["input"]), facts["fixed_batch"]
+        self.rows = min(len(nodes), _MOST)
+        self.x = normalised(nodes.samples(np.arange(self.rows)), facts)
+
+    def __call__(self) -> Floats:
+        """Logits (rows, classes)."""
+        parts, size = [], self.fixed or _BATCH
+        for start in range(0, self.rows, size):
+            part = self.x[start : start + size]
+            given = np.resize(part, (size, *part.shape[1:])) if self.fixed else part
+            parts.append(self.session.run({self.name: given})[0][: len(part)])
+        return np.concatenate(parts)
+
+
+def seconds_a_row(ways: Mapping[str, WholeGraph | EveryRow], rounds: int) -> dict[str, float]:
+    """Median seconds of each over its rows, in turns; the first round is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            run()
+            if number:
+                taken[name].append(time.perf_counter() - began)
+    return {name: median(seconds) / ways[name].rows for name, seconds in taken.items()}
 
 
 class Asked:

@@ -19,7 +19,7 @@ from edgekd.data.nodes import Nodes
 from edgekd.errors import InputRefused, Interrupted
 from edgekd.graph._run import NodeJob, class_weights, features_of, whole_graph_logits
 from edgekd.graph._sampler import neighbours_of, surroundings
-from edgekd.graph._serve import served
+from edgekd.graph._serve import EveryRow, WholeGraph, seconds_a_row, served
 from edgekd.graph._teacher import calibrate, noisy_entropy
 from edgekd.models.architectures._tokenizer import Codebook
 from edgekd.models.spec import ModelSpec
@@ -349,6 +349,27 @@ def test_an_answer_for_one_node_is_that_of_the_whole_graph(arch: str, args: Any,
         for answer in ways.values():
             for node in (0, 7, 59):
                 np.testing.assert_allclose(answer(node), whole[node], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fixed", [None, 7])
+def test_every_row_is_answered_once_in_batches_and_the_whole_graph_at_once(
+    fixed: int | None, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubling:
+        def run(self, feeds: Any) -> Any:
+            assert fixed is None or len(feeds["x"]) == fixed
+            return [2 * feeds["x"]]
+
+    monkeypatch.setattr("edgekd.graph._serve._BATCH", 16)
+    student = EveryRow(Doubling(), {"input": "x", "fixed_batch": fixed, "features": 5}, nodes)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(student(), 2 * nodes.rows(np.arange(60)))
+    made = model("gcn", nodes)
+    whole = WholeGraph(made, nodes)
+    want = whole_graph_logits(made, features_of(nodes), made.edges(nodes.indptr, nodes.neighbours))
+    np.testing.assert_array_equal(whole(), want)
+    found = seconds_a_row({"teacher": whole, "student": student}, 2)
+    assert set(found) == {"teacher", "student"}
+    assert all(0 < s < 1 for s in found.values())
 
 
 def test_groups_of_test_nodes_share_them_out_by_what_a_loop_says(hiding: Nodes) -> None:
