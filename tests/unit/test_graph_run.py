@@ -21,6 +21,7 @@ from edgekd.graph._run import NodeJob, class_weights, features_of, whole_graph_l
 from edgekd.graph._sampler import neighbours_of, surroundings
 from edgekd.graph._serve import EveryRow, WholeGraph, seconds_a_row, served
 from edgekd.graph._teacher import calibrate, noisy_entropy
+from edgekd.models.architectures._stack import dropped
 from edgekd.models.architectures._tokenizer import Codebook
 from edgekd.models.spec import ModelSpec
 from edgekd.stages.node_groups import degrees, homophily, seen
@@ -207,6 +208,21 @@ def test_a_tokenizers_own_losses_are_of_its_codes_its_nodes_and_every_pair_of_no
     nearness, codebook = made.tokens(x, edges)
     want = [[row @ c / np.linalg.norm(row) / np.linalg.norm(c) for c in codebook.numpy()] for row in h]
     np.testing.assert_allclose(nearness, want, atol=1e-10)
+
+
+def test_features_are_dropped_alike_in_dense_and_sparse_rows_and_only_while_training(sparse_nodes: Nodes) -> None:
+    x = features_of(sparse_nodes)
+    torch.manual_seed(0)
+    kept = dropped(x, 0.5)
+    assert kept.layout == torch.sparse_csr
+    values, before = kept.to_dense(), x.to_dense()
+    there = before != 0
+    assert torch.equal(values[~there], before[~there])
+    assert set((values[there] / before[there]).tolist()) == {0.0, 2.0}
+    made = model("gat", sparse_nodes, feature_dropout=0.9)
+    edges = made.edges(sparse_nodes.indptr, sparse_nodes.neighbours)
+    assert torch.equal(made.eval()(x, edges), made(x, edges))
+    assert not torch.equal(made.train()(x, edges), made.eval()(x, edges))
 
 
 # ------------------------------------------------------------------------------------------------------------ neighbours

@@ -778,7 +778,7 @@ for kind in registry.FOLDERS:
         registry.load(kind, name)
 plan = edgekd.plan.build_plan(edgekd.recipe.load("quickstart"))
 [s.key({}, 0) for s in plan.steps]
-heavy = {"torch", "torchvision", "timm", "torch_pruning", "onnx", "onnxruntime", "onnxscript", "sklearn", "scipy", "plotly", "numpy", "PIL"}
+heavy = {"torch", "torchvision", "timm", "torch_pruning", "onnx", "onnxruntime", "onnxscript", "sklearn", "scipy", "plotly", "numpy", "PIL", "gensim", "torch_geometric"}
 print(sorted(heavy & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +17,13 @@ def widths(config: LayersConfig, features: int, classes: int) -> list[tuple[int,
     """(in, out) of each layer."""
     inner = [config.hidden] * (config.layers - 1)
     return list(zip([features, *inner], [*inner, classes], strict=True))
+
+
+def dropped(x: Tensor, share: float) -> Tensor:
+    """Dropout of features, dense or sparse by rows: what is 0 stays 0 either way."""
+    if x.layout == torch.strided:
+        return F.dropout(x, share)
+    return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), F.dropout(x.values(), share), size=x.shape, check_invariants=False)
 
 
 class Stack(nn.Module):
@@ -40,9 +48,15 @@ class Stack(nn.Module):
 class GraphStack(Stack):
     """Layers over a graph: each takes rows and edges, which `edges_by` makes of an adjacency."""
 
-    def __init__(self, layers: Sequence[nn.Module], config: LayersConfig, edges_by: Callable[[Any, Any], Tensor]):
+    def __init__(
+        self, layers: Sequence[nn.Module], config: LayersConfig, edges_by: Callable[[Any, Any], Tensor], feature_dropout: float = 0.0
+    ):
         super().__init__(layers, config)
-        self._edges_by = edges_by
+        self._edges_by, self.feature_dropout = edges_by, feature_dropout
+
+    def forward(self, x: Tensor, *edges: Tensor) -> Tensor:
+        """Logits (rows, classes)."""
+        return super().forward(dropped(x, self.feature_dropout) if self.training and self.feature_dropout else x, *edges)
 
     def edges(self, indptr: Any, neighbours: Any) -> Tensor:
         """What `forward` needs of the edges, made once."""

@@ -22,6 +22,9 @@ _SLOPE = 0.2
 class GatConfig(LayersConfig):
     heads: int = Field(4, ge=1, le=64, description="attention heads; `hidden` is shared between them")
     attention_dropout: float = Field(0.3, ge=0, lt=1, description="of attention weights while training")
+    feature_dropout: float = Field(
+        0.0, ge=0, lt=1, description="of the features; in the code of GLNN, FF-G2M and KRD as much as between layers"
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> GatConfig:
@@ -43,4 +46,4 @@ class Gat:
         *body, last = widths(config, features, classes)
         how = {"negative_slope": _SLOPE, "dropout": config.attention_dropout, "add_self_loops": False}
         layers = [GATConv(a, b // config.heads, config.heads, **how) for a, b in body]
-        return GraphStack([*layers, GATConv(*last, 1, **how)], config, listed)
+        return GraphStack([*layers, GATConv(*last, 1, **how)], config, listed, config.feature_dropout)
