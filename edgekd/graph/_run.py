@@ -255,7 +255,7 @@ class NodeRun(Run):
             outputs = whole_graph_logits(model, x, self.edges)[torch.from_numpy(self.val)]
         else:
             outputs = self._said(model, self.val)
-        return float(job.task.metrics(outputs.cpu().numpy(), job.nodes.labels[self.val], None)[job.task.metric_name])
+        return float(job.task.scores(outputs.cpu().numpy(), job.nodes.labels[self.val]).mean())
 
     def finish(self) -> Trained:
         for hook in getattr(self, "hooks", []):

@@ -47,6 +47,14 @@ _GRAPH_NOTE = (
     "Measured together, interleaved. The gain is the price of the neighbours, whatever the method: large where nodes have many and the model looks far, "
     "small on sparse graphs, and smaller still for a whole graph at once, where a graph model fetches nothing."
 )
+_MEASURES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "pr_auc": "PR-AUC, mean over classes",
+    "rarest_recall": "recall at k of the rarest class",
+    "ece": "calibration error",
+    "agreement": "agreement with the teacher",
+}
 _MARKS = {  # a word and a sign beside each colour
     "accepted": ("good", "✓"),
     "not accepted": ("bad", "✗"),
@@ -252,7 +260,7 @@ def _confusions(labels: list[str], matrix: list[list[float]], limit: int) -> str
     wrong = [(text.number(v) or 0.0, i, j) for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j]
     worst = sorted((w for w in wrong if w[0] > 0), key=lambda w: -w[0])[:limit]
     rows = ([_td(labels[i]), _td(labels[j]), _td(text.plain(count), "num")] for count, i, j in worst)
-    return _table(["true class", "predicted as", "images"], rows) if worst else _note("No image was classified wrongly.")
+    return _table(["true class", "predicted as", "samples"], rows) if worst else _note("Nothing was classified wrongly.")
 
 
 def _graph(run: Run, _: Figures) -> str:
@@ -264,7 +272,8 @@ def _graph(run: Run, _: Figures) -> str:
         [_td(r.get("by")), _td(r.get("group")), _td(text.plain(r.get("nodes")), "num"), *(_td(text.percent(r.get(n)), "num") for n in who)]
         for r in graph.get("groups") or []
     )
-    found = _table(["test nodes by", "", "nodes", *(f"{names[n]}, accuracy" for n in who)], rows) if who else ""
+    found = _measures(run)
+    found += _table(["test nodes by", "", "nodes", *(f"{names[n]}, accuracy" for n in who)], rows) if who else ""
     served = graph.get("served") or {}
     ways = {"fetched": "graph model, neighbours fetched and propagated", "cached": "graph model, its first product cached for all nodes"}
     ways |= {"student": "student, its row fetched"}
@@ -281,6 +290,19 @@ def _graph(run: Run, _: Figures) -> str:
         )
     assumed = "".join(f"<li>{_e(words)}</li>" for words in graph.get("assumed") or [])
     return found + (f"<h3>Assumed of the files</h3><ul>{assumed}</ul>" if assumed else "")
+
+
+def _measures(run: Run) -> str:
+    """Everything that was measured on test, of the teacher, the student alone and what ships."""
+    sides = [("teacher", run.get("teacher") or {}), *((b.get("name"), b) for b in run.get("baselines") or [])]
+    sides += [(f"shipped to {t.get('device')}", t) for t in run.get("targets") or []]
+    names = [n for n in _MEASURES if any(n in (side.get("metrics") or {}) for _, side in sides)]
+    rows = [
+        [_td(who), *(_td(text.percent((side.get("metrics") or {}).get(n)), "num") for n in names)]
+        for who, side in sides
+        if side.get("metrics")
+    ]
+    return _table(["on test", *(_MEASURES[n] for n in names)], rows) if names and rows else ""
 
 
 def _times(ratio: Any) -> str:

@@ -295,8 +295,8 @@ def test_patience_ends_a_training_and_the_end_survives_a_kill(nodes: Nodes, tmp_
     metrics = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.2, 0.1, 0.9])
 
     class Scripted(registry.load("task", "node_classification")):  # type: ignore[misc]
-        def metrics(self, outputs: Any, labels: Any, teacher: Any) -> dict[str, float]:
-            return {"accuracy": next(metrics)}
+        def scores(self, outputs: Any, labels: Any) -> Any:
+            return np.array([next(metrics)])
 
     made = job(nodes, tmp_path, epochs=50, patience=3)
     made.task = Scripted()
