@@ -98,7 +98,7 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     ranks = _ranks()
     console = console if console and (ranks is None or ranks.first) else RealConsole(quiet=True)
     store = store or RealStore(warn=console.warn)
-    loaded, told = chosen(loaded)
+    loaded, told = chosen(_fetched(loaded, options, store))
     for line in told:
         console.say(line)
     plan = build_plan(loaded, gate=options.gate, cache_dir=store.root)
@@ -137,6 +137,18 @@ def run_chain(loaded: Loaded, options: Options, *, console: Console | None = Non
     )
     _write_run(folder, run, decisions_of(plan, done))
     return run
+
+
+def _fetched(loaded: Loaded, options: Options, store: Store) -> Loaded:
+    """The recipe with the folder of a published graph that it names, downloaded where that is allowed."""
+    from edgekd.data.graphs._published import fetch, wanted
+    from edgekd.data.nodes_config import NodesConfig
+
+    data = loaded.recipe.data
+    if not options.allow_download or not isinstance(data, NodesConfig) or not wanted(data):
+        return loaded
+    found = data.model_copy(update={"root": fetch(data, store.root / "downloads")})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"data": found}))
 
 
 def _ranks() -> Ranks | None:
@@ -190,7 +202,7 @@ def sweep(
     store = store or RealStore(warn=console.warn)
     todo = cells(vary, seeds)
     loads = [
-        chosen(load(recipe, (*options.overrides, *cell.overrides), devices=options.devices))[0] for cell in todo
+        chosen(_fetched(load(recipe, (*options.overrides, *cell.overrides), devices=options.devices), options, store))[0] for cell in todo
     ]  # all problems before any training
     rows: list[dict[str, Any]] = []
     failures: list[EdgekdError] = []

@@ -133,7 +133,7 @@ def compress(
     code: Code = None,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Keep every step, whatever it measures.")] = False,
     require_measured: Annotated[bool, typer.Option("--require-measured", help="Exit 5 if a device cannot be measured.")] = False,
-    allow_download: Annotated[bool, typer.Option("--allow-download", help="Let published weights be downloaded.")] = False,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Let published weights and graphs be downloaded.")] = False,
     replay: Replay = None,
     json: Json = False,
 ) -> int:
@@ -174,7 +174,7 @@ def sweep(
     out: Annotated[Path | None, typer.Option(help="Folder of the table; default runs/<recipe>-sweep-<n>.")] = None,
     code: Code = None,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Let a teacher at chance level pass.")] = False,
-    allow_download: Annotated[bool, typer.Option("--allow-download", help="Let published weights be downloaded.")] = False,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Let published weights and graphs be downloaded.")] = False,
     json: Json = False,
 ) -> int:
     """Train a recipe's models with several values and seeds, and compare them; what was trained before is not trained again."""

@@ -346,7 +346,7 @@ def test_weights_are_taken_over_https_only(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_download_that_is_too_large_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekd.models.pretrained._MAX_BYTES", len(BODY) - 1)
+    monkeypatch.setattr("edgekd.safeio.download._MAX_BYTES", len(BODY) - 1)
     with pytest.raises(CheckpointRefused, match="larger than"):
         published_weights(config(), context(tmp_path), opener=opener()[0])
 

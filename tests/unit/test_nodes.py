@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
 
-from edgekd.data.graphs import fingerprint
+from edgekd.data.graphs import _published, fingerprint
 from edgekd.data.nodes import Nodes, build
 from edgekd.data.nodes_config import NodesConfig
 from edgekd.errors import DataRefused, FileMissing
 from tests.graphs import opened, save_npz, save_planetoid, toy_arrays
+from tests.support import run_here
 
 
 def refused(folder: Path, **settings: Any) -> str:
@@ -285,3 +289,45 @@ def test_the_artifact_says_its_version(tmp_path: Path) -> None:
     (tmp_path / "out" / "nodes.json").write_text(json.dumps(about | {"version": 99}))
     with pytest.raises(DataRefused, match="version 99"):
         Nodes.open(tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------------------ published graphs
+def served_by(folder: Path, spoil: str = "") -> tuple[Callable[[str], IO[bytes]], list[str]]:
+    """What opens addresses that end with names of files in a folder, and the addresses that it was asked for."""
+    asked: list[str] = []
+
+    def opener(address: str) -> IO[bytes]:
+        asked.append(address)
+        name = address.rpartition("/")[2]
+        return io.BytesIO((folder / name).read_bytes() + (b"!" if name == spoil else b""))
+
+    return opener, asked
+
+
+def test_a_published_graph_is_fetched_once_over_https_and_only_as_it_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_planetoid(tmp_path / "there")
+    hashes = {p.name.removeprefix("ind.toy."): hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "there").iterdir()}
+    monkeypatch.setitem(_published.HASHES, "toy", hashes)
+    cfg = NodesConfig(format="planetoid", name="toy")
+    assert _published.wanted(cfg)
+    opener, asked = served_by(tmp_path / "there")
+    folder = _published.fetch(cfg, tmp_path / "store", opener=opener)
+    assert len(asked) == 8
+    assert all(a.startswith("https://") for a in asked)
+    assert _published.fetch(cfg, tmp_path / "store", opener=opener) == folder
+    assert len(asked) == 8
+    whole = opened(tmp_path / "out", format="planetoid", root=folder, name="toy")
+    assert len(whole) == 40
+    opener, _ = served_by(tmp_path / "there", spoil="ind.toy.graph")
+    with pytest.raises(DataRefused, match="its SHA-256 is"):
+        _published.fetch(cfg, tmp_path / "other", opener=opener)
+    assert not list((tmp_path / "other").rglob("ind.toy.graph"))
+
+
+def test_nothing_is_fetched_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKD_HOME", str(tmp_path / "home"))
+    for settings in ({"root": "x", "name": "cora"}, {"name": "mine"}, {}):
+        assert not _published.wanted(NodesConfig(format="planetoid", **settings))
+    result = run_here("compress", "graph/cora-krd", "--out", tmp_path / "run")
+    assert result.code == 3
+    assert "or --allow-download, for cora and citeseer" in result.err

@@ -8,12 +8,13 @@ from edgekd.data.nodes_config import NodesConfig
 from edgekd.errors import FileMissing
 
 
-def root_of(cfg: NodesConfig) -> Path:
-    """`data.root`, which must be there."""
+def root_of(cfg: NodesConfig, or_else: str = "") -> Path:
+    """`data.root`, which must be there; `or_else` is what else helps where none was given."""
     root = Path(cfg.root or ".").expanduser()
     if cfg.root is None or not root.exists():
         what = "data folder not given" if cfg.root is None else "data folder not found"
-        raise FileMissing(what, where=str(root), expected=f"a graph in the format {cfg.format}", hint="give it with -o data.root=PATH")
+        hint = "give it with -o data.root=PATH" + (f", {or_else}" if or_else and cfg.root is None else "")
+        raise FileMissing(what, where=str(root), expected=f"a graph in the format {cfg.format}", hint=hint)
     return root
 
 

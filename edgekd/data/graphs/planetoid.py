@@ -29,7 +29,7 @@ class Planetoid:
         """Raises FileMissing where a file is not there, or nothing says which graph is meant."""
         from edgekd.data.graphs._files import root_of
 
-        root = root_of(cfg)
+        root = root_of(cfg, or_else="or --allow-download, for cora and citeseer")
         places = [root, root / "raw", *([root / cfg.name / "raw", root / cfg.name.capitalize() / "raw"] if cfg.name else [])]
         found = sorted(
             {(p.name[4:-6], folder) for folder in places for p in folder.glob("ind.*.graph") if cfg.name in (None, p.name[4:-6])}
