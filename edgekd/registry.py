@@ -69,6 +69,11 @@ def module_of(kind: str, name: str) -> str:
     return f"edgekd.{FOLDERS[kind].replace('/', '.')}.{name}"
 
 
+def is_users(kind: str, name: str) -> bool:
+    """Whether it comes from a file given by --code."""
+    return (kind, name) in _user
+
+
 def source_of(kind: str, name: str) -> bytes:
     """The source text of a member's file: part of every cache key that uses it."""
     if (kind, name) in _user:

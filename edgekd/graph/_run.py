@@ -20,6 +20,7 @@ from edgekd.data.nodes import Nodes
 from edgekd.data.rng import seed_of
 from edgekd.graph._distiller import NodeBatch
 from edgekd.graph._sampler import neighbours_of, surroundings
+from edgekd.models.architectures._architecture import hops_of
 from edgekd.models.architectures._edges import sparse
 from edgekd.safeio.arrays import Csr
 from edgekd.train.config import NodeTrainConfig
@@ -202,8 +203,7 @@ class NodeRun(Run):
         job = self.job
         if self.whole:
             return self._whole_graph()[torch.from_numpy(batch).to(job.device)]
-        hops = len(self.model.body) + 1
-        part = surroundings(self.indptr, self.neighbours, batch, hops, job.cfg.neighbours, seed=job.seed, epoch=epoch)
+        part = surroundings(self.indptr, self.neighbours, batch, hops_of(self.model), job.cfg.neighbours, seed=job.seed, epoch=epoch)
         x = features_of(job.nodes, part.nodes, device=job.device)
         found: Tensor = self.model(x, self._edges_of(part.indptr, part.neighbours))
         return found[: len(batch)].float()

@@ -21,6 +21,7 @@ from torch import nn
 from edgekd.data.normalise import normalised
 from edgekd.graph._run import features_of
 from edgekd.graph._sampler import surroundings
+from edgekd.models.architectures._architecture import hops_of
 from edgekd.safeio.arrays import Csr
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class WithinReach:
 
     def __init__(self, model: nn.Module, nodes: Nodes):
         self.model, self.nodes = model.eval(), nodes
-        self.hops = len(getattr(model, "body", ())) + 2
+        self.hops = hops_of(model) + 1
 
     def __call__(self, node: int) -> Floats:
         part = surroundings(self.nodes.indptr, self.nodes.neighbours, np.array([node]), self.hops, None)

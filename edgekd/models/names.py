@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from edgekd import registry
 from edgekd.errors import suggest
 
 
@@ -19,6 +20,8 @@ def architectures() -> frozenset[str]:
 
 def user_source(name: str) -> str | None:
     """SHA-256 of the user's own file that defines an architecture, or None for timm's: weights do not tell when code has changed."""
+    if registry.is_users("architecture", name):
+        return hashlib.sha256(registry.source_of("architecture", name)).hexdigest()
     timm = sys.modules.get("timm")  # loaded by that very file, if there is one
     if timm is None or not timm.is_model(name):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from edgekd.errors import InputRefused
 from tests.graphs import opened, save_npz, save_planetoid, toy_arrays
-from tests.support import run_here, short_measurements
+from tests.support import REPOSITORY, run_here, short_measurements
 
 FEW = ("-o", "teacher.train.epochs=30", "-o", "distill.epochs=30", "-o", "recover.epochs=10")
 
@@ -196,6 +197,44 @@ def test_a_teacher_with_a_codebook_teaches_its_tokens_and_another_has_none(tmp_p
     result = run_here("check", recipe(tmp_path, method="vqgraph"))
     assert result.code == 2
     assert "vqgraph learns a teacher's tokens, and gcn has none: -o teacher.arch=vqgcn" in result.err
+
+
+def own_architecture(folder: Path) -> Path:
+    """README's graph model, in a file."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    block = text[text.index("    import numpy as np, torch\n") : text.index("A teacher of which only the outputs are known")]
+    path = folder / "mine.py"
+    path.write_text(textwrap.dedent(block))
+    return path
+
+
+@pytest.mark.skipif(not (REPOSITORY / "README.md").is_file(), reason="there is no README.md")
+def test_a_graph_model_of_the_users_own_teaches_alone_and_in_batches_and_its_code_is_part_of_the_result(tmp_path: Path, home: Path) -> None:
+    code, own = own_architecture(tmp_path), "teacher: {arch: spread, args: {hidden: 16}, train: {epochs: 60}}"
+    path = recipe(tmp_path, teacher=own)
+    with short_measurements():
+        result = run_here("compress", path, "--code", code, "--out", tmp_path / "run", "--json")
+        assert result.code == 0, result.err
+        assert result.json()["teacher"]["metric"] > 0.6
+        assert set(result.json()["graph"]["served"]["latency_ms"]) == {"fetched", "student"}
+        batches = ("-o", "teacher.train.batch_size=7", "-o", "teacher.train.neighbours=3")
+        result = run_here("compress", path, "--code", code, *batches, "--out", tmp_path / "batches", "--json")
+        assert result.code == 0, result.err
+
+    def state(step: str) -> str:
+        rows = {r["step"]: r["state"] for r in run_here("plan", path, "--code", code, "--json").json()}
+        return str(rows[step])
+
+    assert state("teacher") == "cached"
+    code.write_text(code.read_text().replace("alpha=0.1", "alpha=0.2"))
+    assert state("teacher") != "cached"
+    silent = tmp_path / "silent.py"
+    silent.write_text(
+        code.read_text().replace("    hops = 4", "    steps = 4").replace("self.hops", "4").replace("class Spread", "class Silent")
+    )
+    result = run_here("compress", path, "--code", silent, *batches, "-o", "teacher.arch=silent", "--out", tmp_path / "none")
+    assert result.code == 2
+    assert "does not say how many steps away it looks" in result.err
 
 
 def test_the_inductive_setting_hides_test_nodes_from_teacher_and_student(tmp_path: Path, home: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from pydantic import Field
 
 from edgekd.config import Config
+from edgekd.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +33,22 @@ class Architecture(Protocol):
     def create(self, config: LayersConfig, features: int, classes: int) -> nn.Module:
         """The module. One that looks at rows maps (rows, features) to (rows, classes); the last layer is its attribute `classifier`.
 
-        One that looks at a graph takes (features, edges), where edges is what its own `edges` gives, and says something of every node.
+        One that looks at a graph takes (features, edges), where edges is what its own `edges` gives, and says something of every node. How many steps away it
+        looks is its attribute `hops`, or the length of its `body` and the last layer.
         """
+
+
+def hops_of(model: object) -> int:
+    """How many steps away a model of a graph looks. Raises UsageError for one that does not say."""
+    found = getattr(model, "hops", None) or (len(model.body) + 1 if hasattr(model, "body") else None)
+    if found is None:
+        raise UsageError(
+            f"{type(model).__name__} does not say how many steps away it looks",
+            where="teacher.arch",
+            expected="an attribute hops of the module",
+            hint="self.hops = 2",
+        )
+    return int(found)
 
 
 class GraphModule(Protocol):
