@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from edgekd.graph._distiller import NodeBatch, Teaching
 
 
+_TINY = 1e-12  # a squared distance below has no gradient
+
+
 class VqgraphConfig(GraphDistillConfig):
     tokens: float = Field(1e-8, ge=0, description="weight of the code assignments")
     token_temperature: float = Field(4.0, gt=0, le=100, description="of both assignments")
@@ -41,13 +44,13 @@ class Vqgraph:
 
         if teaching.nearness is None or teaching.codebook is None:
             raise ValueError("vqgraph needs the teacher's codebook")
-        self.nearness, self.codebook = teaching.nearness, teaching.codebook
+        said = (teaching.nearness / self.config.token_temperature).log_softmax(1)
+        self.assigned, self.certainty = said.exp(), (said.exp() * said).sum(1)  # the same at every step
+        self.codebook = teaching.codebook
         self.project = nn.Linear(teaching.student_width, self.codebook.shape[1])
         return self.project
 
     def terms(self, batch: NodeBatch) -> dict[str, Tensor]:
-        import torch
-
         from edgekd.graph._kl import kl
 
         config, nodes = self.config, batch.nodes[: batch.own]
@@ -56,7 +59,16 @@ class Vqgraph:
         theirs, share = batch.teacher[nodes], 1 - config.label_weight
         terms = {"kd": share * kl(theirs, batch.student[: batch.own], config.temperature)}
         if config.tokens:
-            device, t = nodes.device, config.token_temperature
-            mine = -torch.cdist(self.project(batch.embedding[: batch.own]), self.codebook.to(device))
-            terms["tokens"] = share * config.tokens * t * t * kl(self.nearness.to(device)[nodes], mine, t)
+            terms["tokens"] = share * config.tokens * self._tokens(batch.embedding[: batch.own], nodes)
         return terms
+
+    def _tokens(self, embedding: Tensor, nodes: Tensor) -> Tensor:
+        """Mean divergence of the student's assignments from the teacher's, times the square of the temperature."""
+        t, codebook = self.config.token_temperature, self.codebook.to(nodes.device)
+        place, weight, bias = self.project(embedding), self.project.weight, self.project.bias
+        products = embedding @ (codebook @ weight).T + codebook @ bias  # of place and codes, by way of the smaller of both spaces
+        squares = place.square().sum(1, keepdim=True) - 2 * products + codebook.square().sum(1)
+        mine = -squares.clamp(min=_TINY).sqrt() / t
+        assigned, certainty = self.assigned.to(nodes.device)[nodes], self.certainty.to(nodes.device)[nodes]
+        found: Tensor = t * t * (certainty - (assigned * mine).sum(1) + mine.logsumexp(1)).mean()
+        return found
