@@ -23,14 +23,14 @@ from edgekd.config import Config, key_fields
 from edgekd.data.config import AugmentConfig, DataConfig
 from edgekd.data.graphs import fingerprint
 from edgekd.data.index import judged_by_labels, scan
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import GraphConfig
 from edgekd.errors import BackendError, DeviceError, RecipeError
 from edgekd.graph._distiller import OF_TEACHER
 from edgekd.models.names import user_source
 from edgekd.profile.device import load_device, same_machine
 from edgekd.profile.host import identity
 from edgekd.profile.schema import DeviceProfile
-from edgekd.recipe import Loaded, NodeRecipe, TargetConfig, TeacherConfig, smoothing_of
+from edgekd.recipe import LinkRecipe, Loaded, NodeRecipe, TargetConfig, TeacherConfig, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.config import TrainConfig
 from edgekd.train.distiller import OUTPUTS_ALONE
@@ -38,8 +38,8 @@ from edgekd.train.speed import SpeedConfig
 
 STORE_VERSION = 1
 HOST = "host"
-LEARNS = ("train", "distill", "train_nodes", "distill_nodes")
-_IMITATES = ("distill", "distill_nodes", "quantize_train")
+LEARNS = ("train", "distill", "train_nodes", "distill_nodes", "train_links", "distill_links")
+_IMITATES = ("distill", "distill_nodes", "distill_links", "quantize_train")
 _FROM_LOGITS = frozenset({"logits", "labels"})
 
 
@@ -255,6 +255,8 @@ class _Planner:
         self.loaded, self.recipe, self.gate, self.cache_dir = loaded, loaded.recipe, gate, cache_dir
         self.plan = Plan(loaded)
         self.of_nodes = isinstance(self.recipe, NodeRecipe)
+        self.of_pairs = isinstance(self.recipe, LinkRecipe)
+        self.parts = "links" if self.of_pairs else "nodes"  # of a graph, as its stages are called
         unlabelled = self.recipe.data is not None and not self.of_nodes and self.recipe.data.labels == "none"
         self.images = "data.images" if unlabelled else "data"  # the step before a teacher labels them
         self.said = "teacher"  # the step that has a teacher's answers, where only these are learned from
@@ -265,7 +267,7 @@ class _Planner:
         self.plan.targets = [_target(name, config) for name, config in self.recipe.targets.items()]
         self.plan.judge = _judge(self.plan.targets[0])
         if self.recipe.data is not None:
-            reads = "nodes" if self.of_nodes else "data"
+            reads = self.parts if self.of_nodes else "data"
             self._add(self.images, reads, self.recipe.data, {}, facts=self._dataset(self.recipe.data), user=True)
         else:
             self._add("data", "samples", self.recipe.samples, {}, user=True)
@@ -299,9 +301,9 @@ class _Planner:
         config: Config = registry.load("stage", stage).Config(**values)
         return config
 
-    def _dataset(self, data: DataConfig | NodesConfig) -> dict[str, Any]:
+    def _dataset(self, data: DataConfig | GraphConfig) -> dict[str, Any]:
         """What is in the dataset, and the code that reads it."""
-        if isinstance(data, NodesConfig):
+        if isinstance(data, GraphConfig):
             return {"index": fingerprint(data), "source": _sha(registry.source_of("graph", data.format))}
         index = scan(data, cache_dir=self.cache_dir)
         self.imitates = data.labels == "none" and not judged_by_labels(index)
@@ -425,11 +427,11 @@ class _Planner:
     def _graph_teacher(self, teacher: TeacherConfig) -> None:
         """A teacher that looks at neighbours has no engine: it is asked about every node once, and its answers are what is learned from and judged."""
         if teacher.train is not None:
-            self._learn("teacher", "train_nodes", Settings("teacher", teacher.train), "teacher.init")
+            self._learn("teacher", f"train_{self.parts}", Settings("teacher", teacher.train), "teacher.init")
         methods = [registry.load("graph_distill", str(s.method)) for k, s in self.loaded.stages if k == "distill_nodes"]
-        asked = {n: any(n in m.needs for m in methods) for n in OF_TEACHER}
-        config = self._config("answer_nodes", calibrated=getattr(teacher, "calibrated", True), **asked)
-        self.said = self._add("teacher.answers", "answer_nodes", config, {"model": "teacher", "data": "data"})
+        asked = {n: any(n in m.needs for m in methods) for n in OF_TEACHER} | {"calibrated": getattr(teacher, "calibrated", True)}
+        config = self._config(f"answer_{self.parts}", **({} if self.of_pairs else asked))
+        self.said = self._add("teacher.answers", f"answer_{self.parts}", config, {"model": "teacher", "data": "data"})
         self.plan.metrics["teacher"] = self._judged("val")
 
     def _label(self, said: dict[str, Ref]) -> None:
@@ -822,7 +824,7 @@ class _Planner:
             return
         config = learns[0][1].config
         plain = config if self.of_nodes else TrainConfig(**{n: getattr(config, n) for n in TrainConfig.model_fields})
-        stage = "train_nodes" if self.of_nodes else "train"
+        stage = f"train_{self.parts}" if self.of_nodes else "train"
         alone = self._learn("student alone", stage, Settings("student alone", plain), "student", user=False)
         self._measured("student alone", self._export("student alone", alone))
         self._tested("student alone")
@@ -847,10 +849,10 @@ class _Planner:
             profile_inputs: dict[str, Ref] = {"shipped": run_engine}
             if target is self.plan.targets[0]:
                 profile_inputs |= {f"*{name}": engine_ for name, engine_ in self.plan.engines.items()}
-            if target is self.plan.targets[0] and self.said == "teacher.answers" and self._looks_at_neighbours():
+            if target is self.plan.targets[0] and self.said == "teacher.answers" and not self.of_pairs and self._looks_at_neighbours():
                 served: dict[str, Ref] = {"model": "teacher", "data": "data", "engine": run_engine}
                 self._add("teacher.served", "serve", None, served, facts=_here(), user=True)
-            if target is self.plan.targets[0] and self.of_nodes and test is not None:
+            if target is self.plan.targets[0] and self.of_nodes and not self.of_pairs and test is not None:
                 grouped: dict[str, Ref] = {"student": test, "data": "data"}
                 grouped |= {f"{n}?": s for n, of in (("teacher", "teacher"), ("alone", "student alone")) if (s := self._tested(of))}
                 self._add("test.groups", "node_groups", None, grouped, facts=self._task())

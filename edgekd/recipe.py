@@ -17,7 +17,7 @@ from edgekd import registry
 from edgekd.budget import Budget
 from edgekd.config import Config, no_key
 from edgekd.data.config import DataConfig, SamplesConfig
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import LinksConfig, NodesConfig
 from edgekd.errors import EdgekdError, FileMissing, InputRefused, RecipeError, UnknownName, UsageError, suggest
 from edgekd.graph._distiller import OF_TEACHER
 from edgekd.models.names import check_architecture
@@ -27,7 +27,7 @@ from edgekd.safeio import yaml
 from edgekd.safeio.files import contained
 from edgekd.shipped import shipped_dir
 from edgekd.stages._stage import Settings
-from edgekd.train.config import NodeTrainConfig, TrainConfig
+from edgekd.train.config import LinkTrainConfig, NodeTrainConfig, TrainConfig
 from edgekd.train.distiller import DistillConfig, black_box_lack
 
 Path_ = tuple[str | int, ...]
@@ -86,6 +86,23 @@ class NodeTeacherConfig(NodeModelConfig):
         return self.arch is None
 
 
+class LinkTeacherConfig(NodeModelConfig):
+    """The model of a graph whose view of links is imitated: an architecture with given weights, trained here, or both."""
+
+    train: LinkTrainConfig | None = Field(None, description="train the teacher with these settings")
+    predictions: None = None
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return str(self.arch)
+
+    @property
+    def black_box(self) -> bool:
+        """Whether only its outputs are known."""
+        return False
+
+
 class AssistantConfig(ModelConfig):
     """A model between teacher and student: it learns from the one and teaches the other (TAKD, arXiv 1902.03393)."""
 
@@ -138,6 +155,13 @@ class NodeRecipe(Recipe):
     teacher: NodeTeacherConfig | None = None  # type: ignore[assignment]
     assistant: None = None
     model: NodeModelConfig
+
+
+class LinkRecipe(NodeRecipe):
+    """A recipe of a task whose samples are pairs of nodes."""
+
+    data: LinksConfig | None = None  # type: ignore[assignment]
+    teacher: LinkTeacherConfig | None = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -373,8 +397,9 @@ def _validate(name: str, tree: _Tree) -> Loaded:
     value = dict(tree.value)
     raw_stages = value.pop("stages", [])
     task = _task(value)
-    of_nodes = getattr(task, "samples", "images") == "nodes"
-    recipe = _model(NodeRecipe if of_nodes else Recipe, value, tree.marks, (), problems, extra_names={"stages", "extends", "set"})
+    kind = {"nodes": NodeRecipe, "pairs": LinkRecipe}.get(getattr(task, "samples", "images"), Recipe)
+    of_nodes = issubclass(kind, NodeRecipe)
+    recipe = _model(kind, value, tree.marks, (), problems, extra_names={"stages", "extends", "set"})
     stages = _stages(raw_stages, tree.marks, problems, getattr(task, "learns", {}))
     report = _reporter(tree.marks, problems)
     _check_names(value, report, of_nodes=of_nodes)
@@ -624,7 +649,7 @@ def _check_nodes(recipe: NodeRecipe, stages: list[tuple[str, Settings]], bad: Re
     teacher = recipe.teacher
     if recipe.data is None:
         bad(("data",), "expected a graph, got nothing")
-    if _looks_at(recipe.model, ("model",), bad) == "graph" and any(kind != "train_nodes" for kind, _ in stages):
+    if _looks_at(recipe.model, ("model",), bad) == "graph" and any(kind not in ("train_nodes", "train_links") for kind, _ in stages):
         bad(("model", "arch"), "it looks at neighbours, which are not there where it is deployed; the student must look at rows: mlp")
     if teacher is not None:
         if (teacher.arch is None) == (teacher.predictions is None):
@@ -637,9 +662,14 @@ def _check_nodes(recipe: NodeRecipe, stages: list[tuple[str, Settings]], bad: Re
         bad(("targets",), "expected at least one target")
     quantized = False
     for i, (kind, settings) in enumerate(stages):
-        written = {"train_nodes": "train", "distill_nodes": "distill"}.get(kind, kind)
+        written, _, what = kind.partition("_") if kind.endswith(("_nodes", "_links")) else (kind, "", "")
         at: Path_ = ("stages", i, written)
-        if kind == "distill_nodes" and teacher is None:
+        if written == "distill" and getattr(registry.load("graph_distill", str(settings.method)), "of_pairs", False) != (what == "links"):
+            bad(
+                (*at, "method"),
+                f"{settings.method} is not for {'pairs of nodes: llp' if what == 'links' else 'nodes; methods for them: glnn, krd'}",
+            )
+        elif written == "distill" and teacher is None:
             bad(at, f"stage '{settings.name}' distils, and the recipe has no teacher")
         elif kind == "distill_nodes" and teacher is not None and teacher.arch is None:
             if registry.load("graph_distill", str(settings.method)).needs & OF_TEACHER:
@@ -653,7 +683,7 @@ def _check_nodes(recipe: NodeRecipe, stages: list[tuple[str, Settings]], bad: Re
         if quantized and kind != "quantize":
             bad(at, f"stage '{settings.name}' trains or cuts a model and cannot follow a quantize stage; put it before")
         if kind == "quantize" and registry.load("quantize", str(settings.method)).level == "model":
-            bad((*at, "method"), f"{settings.method} trains on images; methods for nodes: ptq, fp16, weight_only")
+            bad((*at, "method"), f"{settings.method} trains on images; methods here: ptq, fp16, weight_only")
         quantized = quantized or kind == "quantize"
 
 

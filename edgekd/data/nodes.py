@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.data.graphs import graph_format
-from edgekd.data.nodes_config import NodesConfig, PositionsConfig
+from edgekd.data.nodes_config import GraphConfig, NodesConfig, PositionsConfig
 from edgekd.data.rng import uniform
 from edgekd.errors import DataRefused, FileMissing
 from edgekd.safeio.arrays import Csr, read_arrays
@@ -54,17 +54,17 @@ class Raw:
 def build(cfg: NodesConfig, seed: int, out: Path) -> dict[str, Any]:
     """Writes the artifact into the folder `out` and returns its meta. Raises DataRefused, FileMissing, ResourceError."""
     raw = graph_format(cfg.format).read(cfg)
-    _check(raw)
-    indptr, neighbours = _edges(raw, cfg)
+    check(raw)
+    indptr, neighbours = edges_of(raw, cfg)
     if cfg.split.largest_component:
         raw, indptr, neighbours = _largest(raw, indptr, neighbours)
     if (alone := int((np.diff(indptr) == 0).sum())) and cfg.edges == "undirected":
         raw.notes.append(f"{alone} nodes have no edges")
     parts = _parts(raw, cfg, seed)
     hidden = _hidden(parts, cfg, seed)
-    features = _features(raw, cfg)
+    features = features_as(raw, cfg)
     with resource_errors(out):
-        _write_features(out, features)
+        write_features(out, features)
         arrays = {"indptr": indptr, "neighbours": neighbours.astype(np.int32), "labels": raw.labels, "parts": parts, "hidden": hidden}
         for name, array in arrays.items():
             np.save(out / f"{name}.npy", np.asarray(array))
@@ -169,7 +169,7 @@ class Nodes:
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
-def _check(raw: Raw) -> None:
+def check(raw: Raw) -> None:
     """Raises DataRefused for what no assumption can mend."""
     nodes, where = len(raw.labels), raw.where
     if nodes == 0 or not raw.features.shape[1]:
@@ -206,7 +206,7 @@ def _name(raw: Raw, row: int) -> str:
     return raw.ids[row] if raw.ids else str(row)
 
 
-def _edges(raw: Raw, cfg: NodesConfig) -> tuple[Ints, NDArray[np.int64]]:
+def edges_of(raw: Raw, cfg: GraphConfig) -> tuple[Ints, NDArray[np.int64]]:
     """(indptr, neighbours), each edge once, loops dropped; both ways unless they are directed."""
     nodes, (start, end) = len(raw.labels), raw.edges
     loops = start == end
@@ -223,10 +223,10 @@ def _edges(raw: Raw, cfg: NodesConfig) -> tuple[Ints, NDArray[np.int64]]:
                 f"{one_way} of {len(code)} edges are listed one way only and taken both ways; edges: directed keeps the direction"
             )
         code = both
-    return _indptr(code // nodes, nodes), code % nodes
+    return indptr_of(code // nodes, nodes), code % nodes
 
 
-def _indptr(start: NDArray[Any], nodes: int) -> Ints:
+def indptr_of(start: NDArray[Any], nodes: int) -> Ints:
     return np.concatenate([[0], np.bincount(start, minlength=nodes).cumsum()]).astype(np.int64)
 
 
@@ -236,7 +236,7 @@ def _observed(indptr: Ints, neighbours: NDArray[Any], hidden: NDArray[np.bool_])
         return indptr, neighbours
     start = np.repeat(np.arange(len(hidden)), np.diff(indptr))
     kept = ~hidden[start] & ~hidden[neighbours]
-    return _indptr(start[kept], len(hidden)), neighbours[kept]
+    return indptr_of(start[kept], len(hidden)), neighbours[kept]
 
 
 def _places(indptr: Ints, neighbours: NDArray[Any], hidden: NDArray[np.bool_], cfg: PositionsConfig, seed: int) -> Floats:
@@ -270,13 +270,13 @@ def _largest(raw: Raw, indptr: Ints, neighbours: NDArray[np.int64]) -> tuple[Raw
     return found, part.indptr.astype(np.int64), part.indices.astype(np.int64)
 
 
-def _features(raw: Raw, cfg: NodesConfig) -> Csr | Floats:
+def features_as(raw: Raw, cfg: GraphConfig) -> Csr | Floats:
     """As models take them: divided by the sum of the row where that is asked for (a row of zeros stays)."""
     divide = cfg.features == "rows" or (cfg.features == "auto" and raw.normalise)
     found = raw.features
     if not isinstance(found, Csr) and np.count_nonzero(found) < _SPARSE_BELOW * found.size:
         start, places = np.nonzero(found)
-        found = Csr(found.shape, _indptr(start, len(found)), places.astype(np.int64), found[start, places])
+        found = Csr(found.shape, indptr_of(start, len(found)), places.astype(np.int64), found[start, places])
     if not divide:
         return found
     if isinstance(found, Csr):
@@ -287,7 +287,7 @@ def _features(raw: Raw, cfg: NodesConfig) -> Csr | Floats:
     return (found / np.where(totals == 0, 1, totals)).astype(np.float32)
 
 
-def _write_features(out: Path, features: Csr | Floats) -> None:
+def write_features(out: Path, features: Csr | Floats) -> None:
     if not isinstance(features, Csr):
         np.save(out / "features.npy", features)
         return

@@ -1,9 +1,9 @@
-"""NodesConfig: a graph whose nodes are samples. Where it lies, how its edges are read, and which nodes are trained on, decided on and tested."""
+"""A graph of a recipe: where it lies, how its edges are read, and which of its nodes, or of its links, are trained on, decided on and tested."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,8 +44,10 @@ class PositionsConfig(Config):
     epochs: int = Field(1, ge=1, le=100, description="how often the walks are learned from")
 
 
-class NodesConfig(Config):
-    """The graph of a recipe."""
+class GraphConfig(Config):
+    """Where a graph lies and how it is read."""
+
+    labelled: ClassVar[bool] = True  # whether nodes have labels
 
     format: str = Field(description="how the graph lies on disk; a file name in data/graphs")
     # The content's hash is in the keys instead, so the files may move without a rebuild.
@@ -57,6 +59,11 @@ class NodesConfig(Config):
     features: Literal["auto", "rows", "raw"] = Field(
         "auto", description="rows: divided by their sum; raw: as they are; auto: what the format's tables were made with"
     )
+
+
+class NodesConfig(GraphConfig):
+    """A graph whose nodes are samples."""
+
     setting: Literal["transductive", "inductive"] = Field(
         "transductive", description="inductive: test nodes and their edges are unseen while training"
     )
@@ -72,3 +79,26 @@ class NodesConfig(Config):
         if self.setting == "transductive" and "hidden" in self.model_fields_set:
             raise ValueError("nothing is hidden in the transductive setting; leave it out, or set setting: inductive")
         return self
+
+
+class LinkSplitConfig(Config):
+    """Which links are held back. As many pairs that are none stand beside those of each part."""
+
+    val: Fraction = Field(0.05, description="the part of the links for decisions")
+    test: Fraction = Field(0.1, description="the part of the links for the final result")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="default: the recipe's seed")
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> LinkSplitConfig:
+        if self.val + self.test > 0.9:
+            raise ValueError("val and test together take more than 0.9 of the links; at least 0.1 must be left to train on")
+        return self
+
+
+class LinksConfig(GraphConfig):
+    """A graph whose pairs of nodes are samples: linked or not. Labels of nodes are not read."""
+
+    labelled: ClassVar[bool] = False
+
+    edges: Literal["undirected"] = Field("undirected", description="a link counts both ways")
+    split: LinkSplitConfig = Field(default_factory=LinkSplitConfig, description="which links are train, val and test")

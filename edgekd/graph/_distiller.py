@@ -60,6 +60,14 @@ class NodeBatch:
     )
 
 
+@dataclass
+class LinkBatch:
+    """Probabilities of a link between each node and the members of its context, (nodes, members)."""
+
+    student: Tensor
+    teacher: Tensor
+
+
 class GraphDistiller(Protocol):
     """A method: one file of `edgekd/graph`, registered with `@register("graph_distill")`."""
 

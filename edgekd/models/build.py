@@ -15,6 +15,7 @@ from torch import nn
 from edgekd import registry
 from edgekd.artifact import Artifact
 from edgekd.errors import CheckpointRefused, InputRefused, UnknownName, UsageError, suggest
+from edgekd.models.architectures._pair import Pair
 from edgekd.models.names import user_source
 from edgekd.models.spec import ModelConfig, ModelSpec
 from edgekd.models.structure import apply_structure
@@ -37,12 +38,12 @@ def make_spec(config: ModelConfig, *, num_classes: int, image_size: int) -> Mode
     return ModelSpec(**shape, mean=mean, std=std, timm=version("timm"), code=user_source(config.arch))
 
 
-def make_node_spec(config: ModelConfig, *, num_classes: int, features: int) -> ModelSpec:
-    """The spec of an architecture of rows or of a graph."""
+def make_node_spec(config: ModelConfig, *, num_classes: int, features: int, pairs: bool = False) -> ModelSpec:
+    """The spec of an architecture of rows or of a graph; with `pairs`, as the encoder of two nodes."""
     if config.arch is None:
         raise UsageError("the model has no architecture", expected="arch: NAME", hint="list them: edgekd methods list architecture")
     args = dict(registry.load("architecture", config.arch).Config(**config.args).model_dump(mode="json"))
-    return ModelSpec(arch=config.arch, args=args, num_classes=num_classes, features=features, code=user_source(config.arch))
+    return ModelSpec(arch=config.arch, args=args, num_classes=num_classes, features=features, pairs=pairs, code=user_source(config.arch))
 
 
 def architecture_defaults(arch: str) -> dict[str, Any]:
@@ -65,7 +66,10 @@ def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
         architecture = registry.load("architecture", spec.arch)()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made: nn.Module = architecture.create(architecture.Config(**spec.args), spec.features, spec.num_classes)
+            config = architecture.Config(**spec.args)
+            made: nn.Module = architecture.create(config, spec.features, config.hidden if spec.pairs else spec.num_classes)
+            if spec.pairs:
+                made = Pair(made, config.hidden, spec.num_classes, config.dropout)
             return apply_structure(made, spec.structure) if spec.structure else made
     if spec.timm != version("timm") and spec.structure:
         raise CheckpointRefused(

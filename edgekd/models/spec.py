@@ -65,6 +65,7 @@ class ModelSpec(Config):
     num_classes: int = Field(ge=1)
     image_size: int = Field(0, ge=0, description="height and width of the input in pixels; 0: it takes rows of features")
     features: int = Field(0, ge=0, description="of a row")
+    pairs: bool = Field(False, description="it takes two rows side by side, and says whether they are linked")
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (1.0, 1.0, 1.0)
     structure: dict[str, Any] = Field(default_factory=dict, description="structural diff against the base architecture")
@@ -74,4 +75,4 @@ class ModelSpec(Config):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one sample: an image, or a row."""
-        return (3, self.image_size, self.image_size) if self.image_size else (self.features,)
+        return (3, self.image_size, self.image_size) if self.image_size else (self.features * (2 if self.pairs else 1),)

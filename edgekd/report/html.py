@@ -48,6 +48,11 @@ _GRAPH_NOTE = (
     "small on sparse graphs, and smaller still for a whole graph at once, where a graph model fetches nothing."
 )
 _MEASURES = {
+    "auc": "area under the curve",
+    "mrr": "mean reciprocal rank",
+    "hits@10": "hits@10",
+    "hits@20": "hits@20",
+    "hits@50": "hits@50",
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "pr_auc": "PR-AUC, mean over classes",
@@ -297,6 +302,8 @@ def _measures(run: Run) -> str:
     sides = [("teacher", run.get("teacher") or {}), *((b.get("name"), b) for b in run.get("baselines") or [])]
     sides += [(f"shipped to {t.get('device')}", t) for t in run.get("targets") or []]
     names = [n for n in _MEASURES if any(n in (side.get("metrics") or {}) for _, side in sides)]
+    if "accuracy" not in names:  # images have one metric, which the tables above show
+        return ""
     rows = [
         [_td(who), *(_td(text.percent((side.get("metrics") or {}).get(n)), "num") for n in names)]
         for who, side in sides

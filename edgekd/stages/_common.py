@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgekd.artifact import Artifact
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
+    from edgekd.data.links import Links
     from edgekd.data.nodes import Nodes
     from edgekd.stages._stage import Settings
     from edgekd.tasks._task import Task
@@ -52,10 +53,20 @@ def open_nodes(data: Artifact) -> Nodes:
     return Nodes.open(data.path)
 
 
+def open_links(data: Artifact) -> Links:
+    """Pairs of nodes."""
+    from edgekd.data.links import Links
+
+    return Links.open(data.path)
+
+
 def open_samples(data: Artifact, ctx: Context) -> Samples:
-    """Either of them."""
+    """Any of them."""
+    from edgekd.data.links import PAIRS
     from edgekd.data.nodes import ABOUT
 
+    if (data.path / PAIRS).is_file():
+        return open_links(data)
     return open_nodes(data) if (data.path / ABOUT).is_file() else open_dataset(data, ctx)
 
 

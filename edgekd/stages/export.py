@@ -40,7 +40,7 @@ class Export:
         facts = {
             "input": input_of(spec.shape),
             "output": OUTPUT,
-            **({"image_size": spec.image_size, "mean": spec.mean, "std": spec.std} if spec.image_size else {"features": spec.features}),
+            **({"image_size": spec.image_size, "mean": spec.mean, "std": spec.std} if spec.image_size else {"features": spec.shape[0]}),
             "precision": "fp32",
             "fixed_batch": None if meta["dynamic_batch"] else 1,
         }

@@ -62,12 +62,14 @@ class Init:
 
 def _of_nodes(config: ModelConfig, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
     """A model of rows, or of a graph."""
+    from edgekd.data.links import CLASSES, PAIRS
     from edgekd.models import build as models
     from edgekd.stages._common import open_nodes, unchanged
 
-    nodes = open_nodes(inputs["data"])
+    nodes, pairs = open_nodes(inputs["data"]), (inputs["data"].path / PAIRS).is_file()
+    classes = CLASSES if pairs else nodes.classes
     rows = config.arch in registry.names("architecture") and registry.load("architecture", config.arch).looks_at == "rows"
-    spec = models.make_node_spec(config, num_classes=len(nodes.classes), features=nodes.sample_width if rows else nodes.width)
+    spec = models.make_node_spec(config, num_classes=len(classes), features=nodes.sample_width if rows else nodes.width, pairs=pairs)
     model = models.build(spec, seed=ctx.seed)
     if config.weights is not None:
         unchanged(config.weights, settings)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgekd.console import Console
     from edgekd.context import Context
     from edgekd.data.dataset import Dataset
+    from edgekd.data.links import Links
     from edgekd.data.nodes import Nodes
     from edgekd.models.spec import ModelSpec
     from edgekd.models.taps import TappedModel
@@ -94,6 +95,9 @@ class Preflight:
             if probe.stage == "distill_nodes":
                 with _named(probe.name):
                     _teach_once(probe, (student, spec), dataset, task_of(settings), ctx)
+            if probe.stage == "distill_links":
+                with _named(probe.name):
+                    _link_once(probe, (student, spec), dataset, task_of(settings), ctx)
             if probe.stage == "distill":
                 with _named(probe.name):
                     distiller = _distil_once(probe, (student, spec), inputs, dataset, task_of(settings), ctx)
@@ -193,6 +197,26 @@ def _teach_once(probe: Probe, student: tuple[nn.Module, ModelSpec], nodes: Nodes
         job.projectors = distiller.setup(Teaching(said, said.abs().sum(1), hidden, hidden, codebook, *inside_of(net)))
         run = job.start(None)
         run.train_step(next(run.remaining()))
+
+
+def _link_once(probe: Probe, student: tuple[nn.Module, ModelSpec], links: Links, task: Task, ctx: Context) -> None:
+    """One batch of links with a random teacher: every term and gradient must be finite."""
+    import copy
+
+    import torch
+
+    from edgekd.graph._links import LinkJob, LinkTeacher
+    from edgekd.train.config import LinkTrainConfig
+
+    cls = registry.load("graph_distill", str(probe.method))
+    net, draw = copy.deepcopy(student[0]), torch.Generator().manual_seed(0)
+    job = LinkJob(probe.name, net, student[1], "rows", links, task, LinkTrainConfig(batch_size=_NODES), ctx.seed, ctx.work)
+    job.distiller = cls(cls.Config(**probe.config))
+    layers = [torch.randn(shape, generator=draw) for shape in ((_MADE_UP, _MADE_UP), (_MADE_UP,), (2, _MADE_UP), (2,))]
+    embeddings = torch.randn(len(links.nodes), _MADE_UP, generator=draw)
+    job.teacher = LinkTeacher(embeddings, (layers[0], layers[1], layers[2], layers[3]))
+    run = job.start(None)
+    run.train_step(next(run.remaining()))
 
 
 def _cautions(

@@ -97,3 +97,16 @@ class NodeTrainConfig(LearnConfig):
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced: rare classes count as much as frequent ones in the label loss"
     )
+
+
+class LinkTrainConfig(NodeTrainConfig):
+    """How weights are learned from the links of a graph; the defaults are those of LLP's authors, but for fewer epochs."""
+
+    epochs: int = Field(1000, ge=1, le=100_000, description="passes over the training links")
+    batch_size: int = Field(
+        0, ge=0, le=10_000_000, description="links per optimizer step, beside as many pairs that are none; 0: all at once"
+    )
+    lr: Positive = Field(0.005, description="learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decay of matrices; norms and biases have none")
+    patience: int = Field(100, ge=0, description="epochs without a better metric on val after which training ends; 0: never")
+    clip_grad: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: not clipped")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from edgekd import registry
-from edgekd.graph._distiller import NodeBatch
+from edgekd.graph._distiller import LinkBatch, NodeBatch
 from edgekd.graph.krd import fitted_power
 from tests.graphs import taught
 
 NODES, CLASSES = 7, 3
+OF_NODES = [n for n in registry.names("graph_distill") if not getattr(registry.load("graph_distill", n), "of_pairs", False)]
 EDGES = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6, 6], [1, 2, 0, 0, 4, 3, 6, 5, 0]])
 
 
@@ -154,7 +155,7 @@ def test_the_fit_keeps_the_power_where_nothing_can_be_fitted(agree: Any) -> None
     assert fitted_power(np.full(40, 0.3), agree[:40], 1, 1.7) == 1.7
 
 
-@pytest.mark.parametrize("name", registry.names("graph_distill"))
+@pytest.mark.parametrize("name", OF_NODES)
 def test_gradients(name: str) -> None:
     t = logits(1)
     made = ready(name, t, **({"tokens": 1.0} if name == "vqgraph" else {}))
@@ -167,7 +168,7 @@ def test_gradients(name: str) -> None:
     assert torch.autograd.gradcheck(loss, (logits(0).requires_grad_(), hidden.requires_grad_()))
 
 
-@pytest.mark.parametrize("name", registry.names("graph_distill"))
+@pytest.mark.parametrize("name", OF_NODES)
 def test_terms_are_finite_and_not_negative_in_any_precision_and_vanish_with_their_weight(name: str) -> None:
     for dtype in (torch.float32, torch.float64):
         t = (100 * logits(1)).to(dtype)
@@ -238,6 +239,24 @@ def test_vqgraphs_tokens_are_the_divergence_of_soft_assignments_times_the_square
         want += kl(softmax(taught(t).nearness[n], 3.0), softmax(near, 3.0)) / NODES  # type: ignore[index]
     assert float(made.terms(batch)["tokens"]) == pytest.approx(0.8 * 0.5 * 9 * want, rel=1e-9)
     assert "tokens" not in ready("vqgraph", t, tokens=0.0).terms(batch)
+
+
+def test_llps_terms_are_the_divergence_over_a_context_and_the_margins_between_every_two_of_it() -> None:
+    draw = torch.Generator().manual_seed(0)
+    mine, theirs = (torch.rand(5, 6, generator=draw, dtype=torch.float64) for _ in range(2))
+    found = distiller("llp", distribution=0.3, rank=2.0, margin=0.15).terms(LinkBatch(mine, theirs))
+    apart = sum(kl(softmax(theirs[i], 1), softmax(mine[i], 1)) for i in range(5)) / 5
+    assert float(found["distribution"]) == pytest.approx(0.3 * apart, rel=1e-12)
+    losses = []
+    for s, t in zip(mine.tolist(), theirs.tolist(), strict=True):
+        for i in range(6):
+            for j in range(i + 1, 6):
+                y = 1 if t[i] > t[j] + 0.15 else -1 if t[i] < t[j] - 0.15 else 0
+                losses.append(max(0.0, -y * (s[i] - s[j]) + 0.15))
+    assert float(found["rank"]) == pytest.approx(2.0 * sum(losses) / len(losses), rel=1e-12)
+    whole = distiller("llp")
+    assert torch.autograd.gradcheck(lambda s: sum(whole.terms(LinkBatch(s, theirs)).values()), (mine.clone().requires_grad_(),))
+    assert float(whole.terms(LinkBatch(theirs, theirs))["distribution"]) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_batch_of_some_nodes_has_the_terms_of_its_own_edges() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import GraphConfig
 from edgekd.errors import FileMissing
 
 
-def root_of(cfg: NodesConfig, or_else: str = "") -> Path:
+def root_of(cfg: GraphConfig, or_else: str = "") -> Path:
     """`data.root`, which must be there; `or_else` is what else helps where none was given."""
     root = Path(cfg.root or ".").expanduser()
     if cfg.root is None or not root.exists():
@@ -18,7 +18,7 @@ def root_of(cfg: NodesConfig, or_else: str = "") -> Path:
     return root
 
 
-def one_of(cfg: NodesConfig, stems: tuple[str, ...], suffixes: tuple[str, ...]) -> Path:
+def one_of(cfg: GraphConfig, stems: tuple[str, ...], suffixes: tuple[str, ...]) -> Path:
     """The root itself where it is a file, or the only file of these names in it."""
     root = root_of(cfg)
     if root.is_file():

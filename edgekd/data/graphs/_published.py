@@ -12,7 +12,7 @@ from edgekd.errors import DataRefused
 from edgekd.safeio.download import Opener, download
 
 if TYPE_CHECKING:
-    from edgekd.data.nodes_config import NodesConfig
+    from edgekd.data.nodes_config import GraphConfig
 
 HASHES = {
     "cora": {
@@ -38,12 +38,12 @@ HASHES = {
 }
 
 
-def wanted(cfg: NodesConfig) -> bool:
+def wanted(cfg: GraphConfig) -> bool:
     """Whether a recipe names one of these graphs and no folder."""
     return cfg.format == "planetoid" and cfg.root is None and cfg.name in HASHES
 
 
-def fetch(cfg: NodesConfig, downloads: Path, *, opener: Opener | None = None) -> Path:
+def fetch(cfg: GraphConfig, downloads: Path, *, opener: Opener | None = None) -> Path:
     """The folder with the files of `cfg.name`, each downloaded once. Raises DataRefused for one that does not come, or is another."""
     from torch_geometric.datasets import Planetoid  # torch
 

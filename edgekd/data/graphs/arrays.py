@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import GraphConfig
 from edgekd.errors import DataRefused
 from edgekd.registry import register
 
@@ -24,18 +24,20 @@ _OTHER_NAMES = {"features": "x", "labels": "y", "edges": "edge_index", "times": 
 class Arrays:
     """`data.root` is the file, or a folder with `NAME` or `graph`."""
 
-    def files(self, cfg: NodesConfig) -> dict[str, Path]:
+    def files(self, cfg: GraphConfig) -> dict[str, Path]:
         from edgekd.data.graphs._files import one_of
 
         return {"graph": one_of(cfg, (cfg.name or "graph",), (".npz", ".safetensors"))}
 
-    def read(self, cfg: NodesConfig) -> Raw:
+    def read(self, cfg: GraphConfig) -> Raw:
         import numpy as np
 
-        from edgekd.data.nodes import PARTS, Raw, masks
+        from edgekd.data.nodes import PARTS, UNLABELLED, Raw, masks
 
         path = self.files(cfg)["graph"]
         found = {_OTHER_NAMES.get(n, n): a for n, a in _read(path).items()}
+        if not cfg.labelled:
+            found["y"] = np.full(len(found.get("x", ())), UNLABELLED)
         if lost := [n for n in ("x", "edge_index", "y") if n not in found]:
             raise DataRefused(f"it has no {lost[0]}; it holds {', '.join(sorted(found)[:8])}", where=str(path), expected=_EXPECTED)
         x, edges, y = found["x"], found["edge_index"], found["y"]

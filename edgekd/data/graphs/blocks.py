@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import GraphConfig
 from edgekd.registry import register
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ _HINT = 0.7  # length of a community's mean in deviations of the noise, along ea
 class Blocks:
     """Needs no root; always the same graph, and splits by seed."""
 
-    def files(self, cfg: NodesConfig) -> dict[str, Path]:
+    def files(self, cfg: GraphConfig) -> dict[str, Path]:
         return {}
 
-    def read(self, cfg: NodesConfig) -> Raw:
+    def read(self, cfg: GraphConfig) -> Raw:
         import numpy as np
 
         from edgekd.data.nodes import Raw

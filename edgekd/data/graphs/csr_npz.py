@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import GraphConfig
 from edgekd.errors import DataRefused
 from edgekd.registry import register
 
@@ -24,14 +24,14 @@ _MAX_BYTES, _MAX_ARRAYS = 8 << 30, 32
 class CsrNpz:
     """`data.root` is the file, or a folder with `NAME.npz`, or with one .npz only."""
 
-    def files(self, cfg: NodesConfig) -> dict[str, Path]:
+    def files(self, cfg: GraphConfig) -> dict[str, Path]:
         from edgekd.data.graphs._files import one_of, root_of
 
         root = root_of(cfg)
         stems = (cfg.name,) if cfg.name else tuple(sorted(p.stem for p in root.glob("*.npz"))) if root.is_dir() else ("graph",)
         return {"graph": one_of(cfg, stems or ("graph",), (".npz",))}
 
-    def read(self, cfg: NodesConfig) -> Raw:
+    def read(self, cfg: GraphConfig) -> Raw:
         import numpy as np
 
         from edgekd.data.nodes import Raw

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import GraphConfig
 from edgekd.registry import register
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class Karate:
     """Needs no root. So small that its test metric moves by 6 points with one node: an example, not a measurement."""
 
-    def files(self, cfg: NodesConfig) -> dict[str, Path]:
+    def files(self, cfg: GraphConfig) -> dict[str, Path]:
         return {}
 
-    def read(self, cfg: NodesConfig) -> Raw:
+    def read(self, cfg: GraphConfig) -> Raw:
         import warnings
 
         import numpy as np

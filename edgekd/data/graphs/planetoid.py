@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import GraphConfig
 from edgekd.errors import DataRefused, FileMissing
 from edgekd.registry import register
 
@@ -25,7 +25,7 @@ _MAX_INDEX_BYTES = 1 << 27
 class Planetoid:
     """`data.root` is the folder with the files, or the one above raw/ or NAME/raw/."""
 
-    def files(self, cfg: NodesConfig) -> dict[str, Path]:
+    def files(self, cfg: GraphConfig) -> dict[str, Path]:
         """Raises FileMissing where a file is not there, or nothing says which graph is meant."""
         from edgekd.data.graphs._files import root_of
 
@@ -45,7 +45,7 @@ class Planetoid:
             raise FileMissing(f"{lost[0]} is not there", where=str(folder), expected=f"all of {', '.join(_PARTS)}", hint="fetch it again")
         return files
 
-    def read(self, cfg: NodesConfig) -> Raw:
+    def read(self, cfg: GraphConfig) -> Raw:
         """Raises DataRefused for files that do not fit each other."""
         import numpy as np
 

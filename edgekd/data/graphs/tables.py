@@ -9,7 +9,7 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.data.nodes_config import NodesConfig
+from edgekd.data.nodes_config import GraphConfig
 from edgekd.errors import DataRefused
 from edgekd.registry import register
 
@@ -25,12 +25,12 @@ _OWN = ("id", "label", "split", "time")
 class Tables:
     """`data.root` is the folder with both tables."""
 
-    def files(self, cfg: NodesConfig) -> dict[str, Path]:
+    def files(self, cfg: GraphConfig) -> dict[str, Path]:
         from edgekd.data.graphs._files import one_of
 
         return {name: one_of(cfg, (name,), _SUFFIXES) for name in ("nodes", "edges")}
 
-    def read(self, cfg: NodesConfig) -> Raw:
+    def read(self, cfg: GraphConfig) -> Raw:
         """Raises DataRefused with file:line for a row that cannot be read, an id that comes twice, or an edge to a node that is not there."""
         import numpy as np
 
@@ -39,6 +39,8 @@ class Tables:
         files = self.files(cfg)
         where = str(files["nodes"])
         nodes, edges = (_columns(files[n]) for n in ("nodes", "edges"))
+        if not cfg.labelled:
+            nodes["label"] = [""] * len(next(iter(nodes.values()), []))
         if lost := [n for n in ("id", "label") if n not in nodes]:
             raise DataRefused(f"there is no column {lost[0]}", where=where, expected="id, label and features", hint="name the columns so")
         if lost := [n for n in ("source", "target") if n not in edges]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -15,11 +15,11 @@ __all__ = ["GATConv", "GCNConv", "MeanConv"]
 
 
 class MeanConv(SAGEConv):  # type: ignore[misc]
-    """SAGEConv over edges whose rows sum to 1, so that its sum is the mean; it aggregates before it multiplies, so rows must be dense."""
+    """SAGEConv over edges whose rows sum to 1, so that its sum is the mean; it multiplies before it aggregates, so that rows may be sparse and get narrow."""
 
     def __init__(self, features: int, out: int):
         super().__init__(features, out, aggr="sum")
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-        found: Tensor = super().forward(x if x.layout == torch.strided else x.to_dense(), edges)
+        found: Tensor = edges @ F.linear(x, self.lin_l.weight) + self.lin_l.bias + F.linear(x, self.lin_r.weight)
         return found

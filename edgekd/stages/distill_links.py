@@ -1,0 +1,51 @@
+"""distill_links: a model of rows learns a teacher's view of which nodes are linked -> model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.artifact import Artifact, Kind
+from edgekd.registry import register
+from edgekd.stages._stage import Settings
+from edgekd.stages.train_links import prepare
+from edgekd.train.config import LinkTrainConfig
+
+if TYPE_CHECKING:
+    from edgekd.context import Context
+    from edgekd.graph._links import LinkTeacher
+
+EMBEDDINGS, SCORER = "embeddings.npy", ("hidden_weight.npy", "hidden_bias.npy", "last_weight.npy", "last_bias.npy")
+
+
+@register("stage")
+class DistillLinks:
+    Config = LinkTrainConfig
+    takes: Mapping[str, Kind] = {"model": Kind.MODEL, "data": Kind.DATA, "answers?": Kind.ANSWERS}
+    gives = Kind.MODEL
+    version = 1
+    libraries = ("torch", "torch-geometric")
+    method_kind = "graph_distill"
+    method_field = "method"
+    default_method = "llp"
+    compresses = False
+
+    def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        from edgekd.stages._common import method_of
+        from edgekd.stages.train import learn
+
+        job, distiller = prepare(settings, inputs, ctx), method_of(settings, "graph_distill")
+        job.distiller, job.label_weight, job.teacher = distiller, distiller.config.label_weight, taught_by(inputs["answers"])
+        return learn(job, out, ctx)
+
+
+def taught_by(answers: Artifact) -> LinkTeacher:
+    """The teacher of an ANSWERS artifact."""
+    import numpy as np
+    import torch
+
+    from edgekd.graph._links import LinkTeacher
+
+    embeddings, *layers = (torch.from_numpy(np.load(answers.path / n)) for n in (EMBEDDINGS, *SCORER))
+    return LinkTeacher(embeddings, (layers[0], layers[1], layers[2], layers[3]))
