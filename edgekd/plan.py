@@ -849,7 +849,7 @@ class _Planner:
             profile_inputs: dict[str, Ref] = {"shipped": run_engine}
             if target is self.plan.targets[0]:
                 profile_inputs |= {f"*{name}": engine_ for name, engine_ in self.plan.engines.items()}
-            if target is self.plan.targets[0] and self.said == "teacher.answers" and not self.of_pairs and self._looks_at_neighbours():
+            if target is self.plan.targets[0] and self.said == "teacher.answers" and self._looks_at_neighbours():
                 served: dict[str, Ref] = {"model": "teacher", "data": "data", "engine": run_engine}
                 self._add("teacher.served", "serve", None, served, facts=_here(), user=True)
             if target is self.plan.targets[0] and self.of_nodes and not self.of_pairs and test is not None:

@@ -66,7 +66,7 @@ class _Summary:
             "parity": parity,
             "footprint": self.trace["footprint"],
         }
-        if "test.groups" in self.done.artifacts:
+        if {"test.groups", "teacher.served"} & self.done.artifacts.keys():
             body["graph"] = self._graph()
         return body | ({"front": front(body), "knob": knob(body)} if failed else {})
 
@@ -105,14 +105,16 @@ class _Summary:
     def _graph(self) -> dict[str, Any]:
         """Where on the graph the student loses; what looking at neighbours costs: each way to run the graph model, the engine with its row fetched,
         and ratios to it."""
-        data, groups = self.done.artifacts["data"].meta, self.done.artifacts["test.groups"].json("groups.json")
-        found: dict[str, Any] = {n: data[n] for n in ("nodes", "edges", "features", "unseen", "assumed")} | groups
-        if "teacher.answers" in self.done.artifacts:
-            found["temperature"] = self.done.artifacts["teacher.answers"].meta["temperature"]
+        data, done = self.done.artifacts["data"].meta, self.done.artifacts
+        found: dict[str, Any] = {n: data.get(n, 0) for n in ("nodes", "edges", "features", "unseen", "assumed")}
+        found |= done["test.groups"].json("groups.json") if "test.groups" in done else {}
+        if "teacher.answers" in done and "temperature" in done["teacher.answers"].meta:
+            found["temperature"] = done["teacher.answers"].meta["temperature"]
         if "teacher.served" in self.done.artifacts:
             body = self.done.artifacts["teacher.served"].json("trace.json")
             found["served"] = {"latency_ms": {n: self._served(n) for n in body["latency"]}, "ratios": body["ratios"]}
-            found["served"]["whole_us_per_node"] = body["whole_us_per_node"]
+            if body["whole_us_per_node"]:
+                found["served"]["whole_us_per_node"] = body["whole_us_per_node"]
         return found
 
     def _reference(self, name: str) -> dict[str, Any]:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgekd.backends import Session
+    from edgekd.data.links import Links
     from edgekd.data.nodes import Nodes
+    from edgekd.stages._common import Samples
 
     Floats = NDArray[np.float32]
 
@@ -110,14 +112,30 @@ class WithinReach:
 
 
 class Student:
-    """The shipped engine: a row of features is read, and it answers."""
+    """The shipped engine: a row of features is read, or those of a pair, and it answers."""
 
-    def __init__(self, session: Session, facts: Mapping[str, Any], nodes: Nodes):
+    def __init__(self, session: Session, facts: Mapping[str, Any], nodes: Samples):
         self.session, self.facts, self.nodes = session, facts, nodes
 
     def __call__(self, node: int) -> Floats:
         row = normalised(self.nodes.samples(np.array([node])), self.facts)
         found: Floats = self.session.run({self.facts["input"]: np.repeat(row, self.facts["fixed_batch"] or 1, axis=0)})[0][0]
+        return found
+
+
+class OfPairs:
+    """A way to answer for single nodes, asked for the embeddings of both nodes of a pair, and the layers that score them."""
+
+    def __init__(self, way: Any, model: nn.Module, links: Links):
+        self.way, self.pairs = way, links.pairs
+        names = ("hidden.weight", "hidden.bias", "classifier.weight", "classifier.bias")
+        self.layers = [np.ascontiguousarray(model.get_parameter(n).detach().numpy().T) for n in names]
+
+    def __call__(self, position: int) -> Floats:
+        """Logits (2,) of the pair at a position."""
+        a, b = self.pairs[position]
+        one, shift, two, last = self.layers
+        found: Floats = np.maximum((self.way(int(a)) * self.way(int(b))) @ one + shift, 0) @ two + last
         return found
 
 

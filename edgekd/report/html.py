@@ -281,13 +281,14 @@ def _graph(run: Run, _: Figures) -> str:
     found += _table(["test nodes by", "", "nodes", *(f"{names[n]}, accuracy" for n in who)], rows) if who else ""
     served = graph.get("served") or {}
     ways = {"fetched": "graph model, neighbours fetched and propagated", "cached": "graph model, its first product cached for all nodes"}
-    ways |= {"student": "student, its row fetched"}
+    ways |= {"student": "student, its rows fetched"}
     times = [
         [_td(words), _td(text.latency(served["latency_ms"].get(way)), "num"), _td(_times(served["ratios"].get(way)), "num")]
         for way, words in ways.items()
         if served.get("latency_ms", {}).get(way)
     ]
-    found += _table(["one random node, one thread", "p50 [95 %]", "against the student"], times) + _note(_GRAPH_NOTE) if times else ""
+    asked = "pair" if any("auc" in (t.get("metrics") or {}) for t in run.get("targets") or []) else "node"
+    found += _table([f"one random {asked}, one thread", "p50 [95 %]", "against the student"], times) + _note(_GRAPH_NOTE) if times else ""
     if whole := served.get("whole_us_per_node"):
         gain = whole["teacher"] / whole["student"]
         found += _note(

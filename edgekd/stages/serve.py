@@ -1,4 +1,4 @@
-"""serve: a graph model and the engine that replaces it -> how long each takes for one node, and for all, measured together: the price of looking at neighbours."""
+"""serve: a graph model and the engine that replaces it -> how long each takes for one node or pair, and for all nodes, measured together: the price of looking at neighbours."""
 
 from __future__ import annotations
 
@@ -36,19 +36,26 @@ class Serve:
         import numpy as np
 
         from edgekd.data.rng import seed_of
-        from edgekd.graph._serve import Asked, EveryRow, Student, WholeGraph, seconds_a_row, served
+        from edgekd.graph._serve import Asked, EveryRow, OfPairs, Student, WholeGraph, seconds_a_row, served
         from edgekd.models.build import load_model
         from edgekd.profile.measure import PROTOCOL, measure, ratio
-        from edgekd.stages._common import one_thread, open_nodes
+        from edgekd.stages._common import one_thread, open_links, open_nodes
 
-        nodes = open_nodes(inputs["data"])
-        model, _ = load_model(inputs["model"])
-        asked = np.random.default_rng(seed_of(0, "serve")).integers(0, len(nodes), _NODES)
+        model, spec = load_model(inputs["model"])
+        links = open_links(inputs["data"]) if spec.pairs else None
+        nodes = links.nodes if links is not None else open_nodes(inputs["data"])
+        whom = links or nodes
+        asked = np.random.default_rng(seed_of(0, "serve")).integers(0, len(whom), _NODES)
         session, facts = open_engine(inputs["engine"], threads=1)
-        ways = served(model, nodes) | {"student": Student(session, facts, nodes)}
+        ways = served(model.get_submodule("encoder") if links is not None else model, nodes)
+        if links is not None:
+            ways = {name: OfPairs(way, model, links) for name, way in ways.items()}
+        ways |= {"student": Student(session, facts, whom)}
         with one_thread():
             samples = measure({n: Asked(w, asked) for n, w in ways.items()}, {n: {} for n in ways}, budget_s=_SECONDS * len(ways))
-            whole: dict[str, WholeGraph | EveryRow] = {"teacher": WholeGraph(model, nodes), "student": EveryRow(session, facts, nodes)}
+            whole: dict[str, WholeGraph | EveryRow] = {}
+            if links is None:
+                whole = {"teacher": WholeGraph(model, nodes), "student": EveryRow(session, facts, nodes)}
             seconds = seconds_a_row(whole, _ROUNDS)
         body = {
             "protocol": PROTOCOL,

@@ -21,6 +21,7 @@ from edgekd.data.nodes_config import LinksConfig
 from edgekd.errors import DataRefused, Interrupted
 from edgekd.graph._links import LinkJob, LinkRun, LinkTeacher, embeddings_of, pair_logits
 from edgekd.graph._run import features_of
+from edgekd.graph._serve import OfPairs, served
 from edgekd.models.build import build as build_model
 from edgekd.models.spec import ModelSpec
 from edgekd.train.config import LinkTrainConfig
@@ -160,6 +161,17 @@ def test_a_teachers_layers_alone_say_what_it_says(links: Links) -> None:
     want = pair_logits(model, links, links.pairs[:9], edges).softmax(1)[:, 1]
     a, b = torch.from_numpy(links.pairs[:9]).T
     torch.testing.assert_close(teacher.probability(a, b), want)
+
+
+@pytest.mark.parametrize("arch", ["gcn", "sage", "gat"])
+def test_the_ways_in_which_a_graph_model_serves_say_what_it_says_of_all(arch: str, links: Links) -> None:
+    model = build_model(spec(arch, links)).eval()
+    encoder: Any = model.get_submodule("encoder")
+    want = pair_logits(model, links, links.pairs[:5], encoder.edges(links.nodes.indptr, links.nodes.neighbours)).numpy()
+    for way in served(encoder, links.nodes).values():
+        asked = OfPairs(way, model, links)
+        for i in range(5):
+            np.testing.assert_allclose(asked(i), want[i], rtol=1e-4, atol=1e-5)
 
 
 class Watch(Console):

@@ -36,9 +36,12 @@ def test_a_graph_model_of_links_becomes_an_engine_of_two_rows(run: tuple[dict[st
         assert {"auc", "mrr", "hits@10", "hits@20", "hits@50"} <= set(side["metrics"])
         assert side["metric"] == side["metrics"]["auc"] > 0.55
     assert all(row["ok"] for row in said["parity"])
-    assert "graph" not in said
+    ways = said["graph"]["served"]["latency_ms"]
+    assert set(ways) == {"fetched", "cached", "student"}
+    assert said["teacher"]["latency_ms"] == ways["fetched"]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "hits@20" in page
+    assert "one random pair, one thread" in page
     assert run_here("verify", folder / "host").code == 0
 
 
