@@ -852,7 +852,7 @@ class _Planner:
             if target is self.plan.targets[0] and self.said == "teacher.answers" and self._looks_at_neighbours():
                 served: dict[str, Ref] = {"model": "teacher", "data": "data", "engine": run_engine}
                 self._add("teacher.served", "serve", None, served, facts=_here(), user=True)
-            if target is self.plan.targets[0] and self.of_nodes and not self.of_pairs and test is not None:
+            if target is self.plan.targets[0] and self.of_nodes and test is not None:
                 grouped: dict[str, Ref] = {"student": test, "data": "data"}
                 grouped |= {f"{n}?": s for n, of in (("teacher", "teacher"), ("alone", "student alone")) if (s := self._tested(of))}
                 self._add("test.groups", "node_groups", None, grouped, facts=self._task())

@@ -278,7 +278,9 @@ def _graph(run: Run, _: Figures) -> str:
         for r in graph.get("groups") or []
     )
     found = _measures(run)
-    found += _table(["test nodes by", "", "nodes", *(f"{names[n]}, accuracy" for n in who)], rows) if who else ""
+    pairs = any("auc" in (t.get("metrics") or {}) for t in run.get("targets") or [])
+    heads = ["links of test by", "", "links"] if pairs else ["test nodes by", "", "nodes"]
+    found += _table([*heads, *(f"{names[n]}, {'area under the curve' if pairs else 'accuracy'}" for n in who)], rows) if who else ""
     served = graph.get("served") or {}
     ways = {"fetched": "graph model, neighbours fetched and propagated", "cached": "graph model, its first product cached for all nodes"}
     ways |= {"student": "student, its rows fetched"}
@@ -287,8 +289,11 @@ def _graph(run: Run, _: Figures) -> str:
         for way, words in ways.items()
         if served.get("latency_ms", {}).get(way)
     ]
-    asked = "pair" if any("auc" in (t.get("metrics") or {}) for t in run.get("targets") or []) else "node"
-    found += _table([f"one random {asked}, one thread", "p50 [95 %]", "against the student"], times) + _note(_GRAPH_NOTE) if times else ""
+    found += (
+        _table([f"one random {'pair' if pairs else 'node'}, one thread", "p50 [95 %]", "against the student"], times) + _note(_GRAPH_NOTE)
+        if times
+        else ""
+    )
     if whole := served.get("whole_us_per_node"):
         gain = whole["teacher"] / whole["student"]
         found += _note(

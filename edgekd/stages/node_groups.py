@@ -1,4 +1,5 @@
-"""node_groups: where on a graph a student loses -> accuracy of teacher, student and student alone by degree, by homophily and by whether nodes were seen."""
+"""node_groups: where on a graph a student loses -> accuracy of teacher, student and student alone by degree, by homophily and by whether nodes were seen;
+of links by the neighbours that both nodes share."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgekd.context import Context
+    from edgekd.data.links import Links
     from edgekd.data.nodes import Nodes
 
 GROUPS = "groups.json"
 _DEGREES = (0, 1, 2, 4, 8, 16, 32)  # where groups begin
 _SHARES = (0.0, 0.25, 0.5, 0.75)
+_SHARED = (0, 1, 2, 4)
 _ALIKE = "no labelled neighbours"
 
 
@@ -33,21 +36,23 @@ class NodeGroups:
 
     takes: Mapping[str, Kind] = {"student": Kind.METRICS, "teacher?": Kind.METRICS, "alone?": Kind.METRICS, "data": Kind.DATA}
     gives = Kind.METRICS
-    version = 1
-    libraries = ("numpy",)
+    version = 2
+    libraries = ("numpy", "scipy")
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
         import numpy as np
 
+        from edgekd.data.links import Links
         from edgekd.gate import paired_drop
-        from edgekd.stages._common import open_nodes, task_of
+        from edgekd.stages._common import open_samples, task_of
 
-        nodes, task = open_nodes(inputs["data"]), task_of(settings)
-        test = nodes.split("test")
+        data, task = open_samples(inputs["data"], ctx), task_of(settings)
+        test = data.split("test")
         labels = np.load(inputs["student"].path / LABELS)
         scores = {n: task.scores(np.load(inputs[n].path / OUTPUTS), labels) for n in ("teacher", "alone", "student") if n in inputs}
         rows = []
-        for by, groups in (("degree", degrees(nodes, test)), ("homophily", homophily(nodes, test)), ("test nodes", seen(nodes, test))):
+        ways = of_links(data, test[labels == 1]) if isinstance(data, Links) else of_nodes(data, test)  # type: ignore[arg-type]
+        for by, groups in ways.items():
             for name, members in groups.items():
                 if members.any():
                     rows.append(
@@ -62,14 +67,34 @@ class NodeGroups:
         return {"groups": len(rows)}
 
 
-def degrees(nodes: Nodes, test: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
-    """Nodes of `test` by how many neighbours they have."""
-    found = (nodes.indptr[1:] - nodes.indptr[:-1])[test]
-    ends = [*_DEGREES[1:], None]
+def of_nodes(nodes: Nodes, test: NDArray[np.int64]) -> dict[str, dict[str, NDArray[np.bool_]]]:
+    """Nodes of `test`, in groups."""
+    return {"degree": degrees(nodes, test), "homophily": homophily(nodes, test), "test nodes": seen(nodes, test)}
+
+
+def of_links(links: Links, test: NDArray[np.int64]) -> dict[str, dict[str, NDArray[np.bool_]]]:
+    """Links of `test` by how many neighbours their nodes share, and by the fewer that one of them has, as far as training saw."""
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    nodes, (a, b) = links.nodes, links.pairs[test].T
+    graph = csr_matrix((np.ones(len(nodes.neighbours)), nodes.neighbours, nodes.indptr), shape=(len(nodes), len(nodes)))
+    shared = np.asarray(graph[a].multiply(graph[b]).sum(1)).ravel()
+    counts = np.diff(nodes.indptr)
+    return {"shared neighbours": _by_count(shared, _SHARED), "degree of the lesser": _by_count(np.minimum(counts[a], counts[b]), _DEGREES)}
+
+
+def _by_count(found: NDArray[Any], begin: tuple[int, ...]) -> dict[str, NDArray[np.bool_]]:
+    ends = [*begin[1:], None]
     return {
         (f"{low}" if high == low + 1 else f"{low} to {high - 1}" if high else f"{low} or more"): (found >= low) & (found < (high or 2**62))
-        for low, high in zip(_DEGREES, ends, strict=True)
+        for low, high in zip(begin, ends, strict=True)
     }
+
+
+def degrees(nodes: Nodes, test: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
+    """Nodes of `test` by how many neighbours they have."""
+    return _by_count((nodes.indptr[1:] - nodes.indptr[:-1])[test], _DEGREES)
 
 
 def homophily(nodes: Nodes, test: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:

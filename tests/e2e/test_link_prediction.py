@@ -39,6 +39,8 @@ def test_a_graph_model_of_links_becomes_an_engine_of_two_rows(run: tuple[dict[st
     ways = said["graph"]["served"]["latency_ms"]
     assert set(ways) == {"fetched", "cached", "student"}
     assert said["teacher"]["latency_ms"] == ways["fetched"]
+    groups = [g for g in said["graph"]["groups"] if g["by"] == "shared neighbours"]
+    assert sum(g["student"] * g["nodes"] for g in groups) / sum(g["nodes"] for g in groups) == pytest.approx(target["metric"], abs=1e-5)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "hits@20" in page
     assert "one random pair, one thread" in page

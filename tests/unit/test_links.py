@@ -24,6 +24,7 @@ from edgekd.graph._run import features_of
 from edgekd.graph._serve import OfPairs, served
 from edgekd.models.build import build as build_model
 from edgekd.models.spec import ModelSpec
+from edgekd.stages.node_groups import of_links
 from edgekd.train.config import LinkTrainConfig
 from edgekd.train.loop import Trained, fit
 from tests.graphs import save_npz, toy_arrays
@@ -172,6 +173,19 @@ def test_the_ways_in_which_a_graph_model_serves_say_what_it_says_of_all(arch: st
         asked = OfPairs(way, model, links)
         for i in range(5):
             np.testing.assert_allclose(asked(i), want[i], rtol=1e-4, atol=1e-5)
+
+
+def test_links_are_grouped_by_what_both_nodes_share(links: Links) -> None:
+    test = links.split("test")[links.labels[links.split("test")] == 1]
+    near = [set(links.nodes.neighbours[links.nodes.indptr[i] : links.nodes.indptr[i + 1]].tolist()) for i in range(60)]
+    groups = of_links(links, test)
+    for place, (a, b) in enumerate(links.pairs[test]):
+        shared, least = len(near[a] & near[b]), min(len(near[a]), len(near[b]))
+        [name] = [n for n, m in groups["shared neighbours"].items() if m[place]]
+        assert name == (str(shared) if shared < 2 else "2 to 3" if shared < 4 else "4 or more")
+        [name] = [n for n, m in groups["degree of the lesser"].items() if m[place]]
+        assert int(name.split()[0]) <= least
+    assert all(sum(m.sum() for m in g.values()) == len(test) for g in groups.values())
 
 
 class Watch(Console):
