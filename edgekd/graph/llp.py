@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgekd.graph._distiller import LinkBatch
+    from edgekd.graph._links import LinkTeacher
 
 
 class LlpConfig(GraphDistillConfig):
@@ -39,6 +40,9 @@ class Llp:
 
     def __init__(self, config: LlpConfig):
         self.config = config
+
+    def setup(self, teacher: LinkTeacher) -> None:
+        """Nothing is kept beside the student."""
 
     def terms(self, batch: LinkBatch) -> dict[str, Tensor]:
         import torch

@@ -32,11 +32,16 @@ class DistillLinks:
     compresses = False
 
     def run(self, settings: Settings, inputs: Mapping[str, Artifact], out: Path, ctx: Context) -> dict[str, Any]:
+        import torch
+
         from edgekd.stages._common import method_of
         from edgekd.stages.train import learn
 
         job, distiller = prepare(settings, inputs, ctx), method_of(settings, "graph_distill")
         job.distiller, job.label_weight, job.teacher = distiller, distiller.config.label_weight, taught_by(inputs["answers"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(ctx.seed)
+            job.projectors = distiller.setup(job.teacher)
         return learn(job, out, ctx)
 
 

@@ -1,5 +1,4 @@
-"""node_groups: where on a graph a student loses -> accuracy of teacher, student and student alone by degree, by homophily and by whether nodes were seen;
-of links by the neighbours that both nodes share."""
+"""node_groups: where on a graph a student loses -> accuracy of teacher, student and student alone by degree and homophily, of links by what nodes share."""
 
 from __future__ import annotations
 

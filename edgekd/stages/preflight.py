@@ -215,6 +215,7 @@ def _link_once(probe: Probe, student: tuple[nn.Module, ModelSpec], links: Links,
     layers = [torch.randn(shape, generator=draw) for shape in ((_MADE_UP, _MADE_UP), (_MADE_UP,), (2, _MADE_UP), (2,))]
     embeddings = torch.randn(len(links.nodes), _MADE_UP, generator=draw)
     job.teacher = LinkTeacher(embeddings, (layers[0], layers[1], layers[2], layers[3]))
+    job.projectors = job.distiller.setup(job.teacher)
     run = job.start(None)
     run.train_step(next(run.remaining()))
 

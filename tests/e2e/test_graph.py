@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgekd import registry
 from edgekd.errors import InputRefused
 from tests.graphs import opened, save_npz, save_planetoid, toy_arrays
 from tests.support import REPOSITORY, run_here, short_measurements
@@ -209,7 +210,10 @@ def own_architecture(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(not (REPOSITORY / "README.md").is_file(), reason="there is no README.md")
-def test_a_graph_model_of_the_users_own_teaches_alone_and_in_batches_and_its_code_is_part_of_the_result(tmp_path: Path, home: Path) -> None:
+def test_a_graph_model_of_the_users_own_teaches_alone_and_in_batches_and_its_code_is_part_of_the_result(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_user", dict(registry._user))  # the other tests of this process know nothing of it
     code, own = own_architecture(tmp_path), "teacher: {arch: spread, args: {hidden: 16}, train: {epochs: 60}}"
     path = recipe(tmp_path, teacher=own)
     with short_measurements():

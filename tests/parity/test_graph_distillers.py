@@ -182,7 +182,7 @@ def test_nosmogs_terms_are_the_divergence_the_same_for_pushed_features_and_the_d
     made = ready("nosmog", t, bound=0.3, adversarial=0.2, similarity=0.7, label_weight=0.25)
     batch = whole(z, t)
     torch.manual_seed(4)
-    found = {n: float(v) for n, v in made.terms(batch).items()}
+    found = {n: float(v.detach()) for n, v in made.terms(batch).items()}
     plain = sum(kl(softmax(t[i], 1), softmax(z[i], 1)) for i in range(NODES)) / NODES
     assert found["kd"] == pytest.approx(0.75 * plain, rel=1e-12)
     layer, hidden = made.project[0], batch.hidden
