@@ -167,7 +167,7 @@ ROWS = {
         "Cora, public split, GAT",
         {**PUBLIC, "name": "cora"},
         "planetoid",
-        {"arch": "gat", "args": {"layers": 3, "hidden": 1024, "dropout": 0.6, "feature_dropout": 0.6}},
+        {"arch": "gat", "args": {"layers": 3, "hidden": 1024, "dropout": 0.6}},
         {"layers": 3, "hidden": 1024, "dropout": 0.3},
         methods={
             "glnn": {"label_weight": 0.5},
