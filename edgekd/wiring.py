@@ -13,7 +13,7 @@ from edgekd import assistant, registry
 from edgekd.distill._advice import Advice, Facts, advise, cautions, facts_of
 from edgekd.distill._pairs import stage_of, stage_pairs
 from edgekd.errors import UsageError, suggest
-from edgekd.recipe import AUTO, Loaded, smoothing_of
+from edgekd.recipe import AUTO, Loaded, NodeRecipe, smoothing_of
 from edgekd.stages._stage import Settings
 from edgekd.train.distiller import DistillConfig
 
@@ -112,6 +112,12 @@ def chosen(loaded: Loaded) -> tuple[Loaded, list[str]]:
 
 def wire(loaded: Loaded, *, classes: int | None = None, step: str | None = None) -> dict[str, Any]:
     """Rows of the models, their stages and the loss terms of each distill stage (or of `step`), cautions, and the `stages:` section in full."""
+    if isinstance(loaded.recipe, NodeRecipe):
+        raise UsageError(
+            "models of a graph are not wired stage by stage: a method of graphs compares answers",
+            where=loaded.name,
+            hint="edgekd methods list",
+        )
     names = [s.name for kind, s in loaded.stages if kind == "distill"]
     if not names:
         raise UsageError("no stage of the recipe distils, so nothing is wired", where=loaded.name, hint="- distill: {method: auto}")

@@ -105,3 +105,10 @@ def test_llp_is_not_for_nodes(tmp_path: Path, home: Path) -> None:
 def test_the_task_and_its_method_are_listed() -> None:
     listed = json.loads(run_here("methods", "list", "--json").out)
     assert {"llp", "link_prediction"} <= {row["name"] for row in listed}
+
+
+@pytest.mark.parametrize("name", ["graph/links", "graph/quickstart"])
+def test_models_of_graphs_are_not_wired(name: str, home: Path) -> None:
+    result = run_here("wire", name)
+    assert result.code == 2
+    assert "not wired stage by stage" in result.err
