@@ -69,7 +69,7 @@ class LinkBatch:
 
 
 class GraphDistiller(Protocol):
-    """A method: one file of `edgekd/graph`, registered with `@register("graph_distill")`."""
+    """A method: one file of `edgekd/graph`, registered with `@register("graph_distill")`. One for links says `of_pairs = True` and gets a `LinkBatch`."""
 
     Config: ClassVar[type[GraphDistillConfig]]
     needs: ClassVar[frozenset[str]]  # subset of NEEDS

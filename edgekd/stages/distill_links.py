@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import Artifact, Kind
+from edgekd.errors import InputRefused
 from edgekd.registry import register
 from edgekd.stages._stage import Settings
 from edgekd.stages.train_links import prepare
@@ -14,7 +15,7 @@ from edgekd.train.config import LinkTrainConfig
 
 if TYPE_CHECKING:
     from edgekd.context import Context
-    from edgekd.graph._links import LinkTeacher
+    from edgekd.graph._links import LinkJob, LinkTeacher
 
 EMBEDDINGS, SCORER = "embeddings.npy", ("hidden_weight.npy", "hidden_bias.npy", "last_weight.npy", "last_bias.npy")
 
@@ -42,7 +43,29 @@ class DistillLinks:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(ctx.seed)
             job.projectors = distiller.setup(job.teacher)
-        return learn(job, out, ctx)
+        meta = learn(job, out, ctx)
+        assert_tells_links(job, inputs["answers"])
+        return meta
+
+
+def assert_tells_links(job: LinkJob, answers: Artifact) -> None:
+    """A student that ranks the links of val no better than luck, where its teacher does, has learned nothing: it never ships."""
+    import numpy as np
+
+    from edgekd.graph._links import pair_logits
+
+    val = job.links.split("val")
+    labels = job.links.labels[val]
+    said = pair_logits(job.model.to("cpu"), job.links, job.links.pairs[val], None).numpy()
+    mine, theirs = (float(job.task.scores(o, labels).mean()) for o in (said, np.load(answers.path / "val.npy")))
+    luck = 0.5 + 1.645 * (0.25 / int((labels == 1).sum())) ** 0.5  # one-sided, 95 %
+    if mine <= luck < theirs:
+        raise InputRefused(
+            f"the student ranks links of val no better than luck (area under the curve {mine:.1%}; the teacher's {theirs:.1%}): it has collapsed",
+            where=job.name,
+            expected=f"more than {luck:.1%}",
+            hint=f"another seed, or more of the labels: -o seed=1, -o {job.name}.label_weight=1, -o {job.name}.lr=0.001",
+        )
 
 
 def taught_by(answers: Artifact) -> LinkTeacher:

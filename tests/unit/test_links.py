@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from edgekd.console import Console
 from edgekd.context import Context
 from edgekd.data.links import Links, build, unlinked
 from edgekd.data.nodes_config import LinksConfig
-from edgekd.errors import DataRefused, Interrupted
+from edgekd.errors import DataRefused, InputRefused, Interrupted
 from edgekd.graph._links import LinkJob, LinkRun, LinkTeacher, embeddings_of, pair_logits
 from edgekd.graph._run import features_of
 from edgekd.graph._serve import OfPairs, served
 from edgekd.models.build import build as build_model
 from edgekd.models.spec import ModelSpec
+from edgekd.stages.distill_links import assert_tells_links
 from edgekd.stages.node_groups import of_links
 from edgekd.train.config import LinkTrainConfig
 from edgekd.train.loop import Trained, fit
@@ -276,6 +278,21 @@ def test_links_that_are_held_back_change_nothing_of_a_training(tmp_path: Path) -
     other.pairs[test] = other.pairs[test][::-1]
     results = [weights(fit(job(each, tmp_path / str(i), "sage", keep="last"), context())) for i, each in enumerate((links, other))]
     assert results[0] == results[1]
+
+
+def test_a_student_that_cannot_tell_links_is_refused_unless_its_teacher_cannot_either(links: Links, tmp_path: Path) -> None:
+    labels = links.labels[links.split("val")]
+    flat = job(links, tmp_path / "flat")
+    for parameter in flat.model.parameters():
+        parameter.data.zero_()
+    for name, right in (("knows", True), ("guesses", False)):
+        (tmp_path / name).mkdir()
+        scores = labels if right else np.zeros(len(labels))
+        np.save(tmp_path / name / "val.npy", np.stack([np.zeros(len(labels)), scores], 1).astype(np.float32))
+    answers = {n: SimpleNamespace(path=tmp_path / n) for n in ("knows", "guesses")}
+    with pytest.raises(InputRefused, match=r"no better than luck \(area under the curve 50.0%; the teacher's 100.0%\): it has collapsed"):
+        assert_tells_links(flat, answers["knows"])  # type: ignore[arg-type]
+    assert_tells_links(flat, answers["guesses"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arch", ["mlp", "gcn", "sage", "gat"])
