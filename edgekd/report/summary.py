@@ -153,7 +153,9 @@ def ratio(before: float | None, after: float | None, better: str, worse: str) ->
     if not before or not after:
         return ""
     gain = before / after
-    return f"{gain:#.3g}x {better}" if gain >= 1 else f"{1 / gain:#.3g}x {worse}"
+    times = max(gain, 1 / gain)
+    shown = f"{times:.0f}" if times >= 100 else f"{times:#.3g}"
+    return f"{shown}x {better if gain >= 1 else worse}"
 
 
 def latencies(run: dict[str, Any]) -> tuple[float | None, float | None]:

@@ -20,7 +20,7 @@ import pytest
 from edgekd.report import plots, text
 from edgekd.report.front import front, knob
 from edgekd.report.html import render
-from edgekd.report.summary import headline, stage_rows, summary, target_rows
+from edgekd.report.summary import headline, ratio, stage_rows, summary, target_rows
 
 Run = dict[str, Any]
 MISSING = [  # heading, key to remove, what the page then says
@@ -754,3 +754,18 @@ def test_a_target_without_a_budget_has_met_nothing() -> None:
     run = make_run()
     run["targets"][0]["budget"] = {}
     assert next(row.verdict for row in target_rows(run)) == "no budget"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (14.6, 1, "14.6x faster"),
+        (1, 1.2, "1.20x slower"),
+        (142.3, 1, "142x faster"),
+        (1220, 1, "1220x faster"),
+        (1, 1, "1.00x faster"),
+        (None, 1, ""),
+    ],
+)
+def test_a_ratio_has_three_figures_and_no_exponent(before: float | None, after: float, words: str) -> None:
+    assert ratio(before, after, "faster", "slower") == words
